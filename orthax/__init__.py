@@ -1,0 +1,19 @@
+"""orthax: orthogonality methods for training networks, as optax transformations."""
+
+from orthax import linalg as linalg
+from orthax.matrices import MatrixView as MatrixView
+from orthax.matrices import Packed as Packed
+from orthax.matrices import PathRules as PathRules
+from orthax.matrices import as_matrices as as_matrices
+from orthax.matrices import explain as explain
+from orthax.matrices import partition_matrices as partition_matrices
+from orthax.optimizers import muon as muon
+from orthax.optimizers import normuon as normuon
+from orthax.transforms import normalize_neurons as normalize_neurons
+from orthax.transforms import orthogonalize as orthogonalize
+from orthax.transforms import scale_by_adam_rms as scale_by_adam_rms
+from orthax.transforms import scale_by_unit_rms as scale_by_unit_rms
+from orthax.transforms import scale_by_width as scale_by_width
+from orthax.transforms import scale_to_rms as scale_to_rms
+
+__version__ = "0.1.0"

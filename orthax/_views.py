@@ -1,0 +1,231 @@
+"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
+
+Only shapes live here. Which leaf gets which dimension numbers is decided in `_dimension_rules.py`;
+trees of views are opened and closed in `matrices.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+
+DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Dimension numbers of a leaf that holds several matrices side by side (fused QKV, gate + up).
+
+    Each section is a matrix of its own: it is orthogonalised, normalised and scaled alone, exactly
+    as if the sections were separate leaves.
+
+    Attributes:
+      dims: Dimension numbers of the whole leaf; every section is read with them.
+      axis: The axis of the leaf along which the sections lie.
+      sections: The number of equal sections, or the size of each (unequal heads, as in GQA).
+
+    Example:
+      >>> import jax, orthax
+      >>> from optax.contrib import MuonDimensionNumbers
+      >>> fused = orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=(64, 16, 16))
+      >>> params = {"qkv": {"kernel": jax.ShapeDtypeStruct((64, 96), "float32")}}
+      >>> rules = orthax.PathRules(((r"qkv/kernel", fused),))
+      >>> print(orthax.explain(params, rules).rows[0].view)
+      (64, 64) + (64, 16) + (64, 16)
+    """
+
+    dims: DimensionNumbers
+    axis: int
+    sections: int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A static reading of one array as `(*batch, rows, cols)`.
+
+    Rows are the fan-in (the axes that `x @ W` sums over), columns the neurons. Several reduction or
+    output axes are merged; batch axes stay apart, in their order. The view of an `(m, n)` or
+    `(L, m, n)` array with the matrix in its last axes changes nothing.
+
+    Attributes:
+      shape: Shape of the array.
+      batch_axes: Axes that count matrices.
+      reduction_axes: Axes merged into the rows.
+      output_axes: Axes merged into the columns.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return tuple(self.shape[a] for a in self.batch_axes)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of rows."""
+        return math.prod(self.shape[a] for a in self.reduction_axes)
+
+    @property
+    def fan_out(self) -> int:
+        """Number of columns."""
+        return math.prod(self.shape[a] for a in self.output_axes)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the opened view, `(*batch, fan_in, fan_out)`."""
+        return (*self.batch, self.fan_in, self.fan_out)
+
+    @property
+    def _permutation(self) -> tuple[int, ...]:
+        return self.batch_axes + self.reduction_axes + self.output_axes
+
+    @property
+    def _is_identity(self) -> bool:
+        in_order = self._permutation == tuple(range(len(self.shape)))
+        return in_order and self.matrix_shape == self.shape
+
+    def _move(self, x: jax.Array) -> jax.Array:
+        if self._is_identity:
+            return x
+        return jnp.reshape(jnp.transpose(x, self._permutation), self.matrix_shape)
+
+    def _move_back(self, y: jax.Array) -> jax.Array:
+        if self._is_identity:
+            return y
+        permuted = [self.shape[a] for a in self._permutation]
+        return jnp.transpose(jnp.reshape(y, permuted), np.argsort(self._permutation).tolist())
+
+    def _moved_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
+        """Spec of the opened view: a merged axis keeps the mesh axes of its first, major part."""
+        merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
+        return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
+
+    def __str__(self) -> str:
+        return str(self.matrix_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedView:
+    """The views of the sections of one leaf; opens to a tuple of matrices.
+
+    Attributes:
+      shape: Shape of the leaf.
+      axis: Axis along which the sections lie.
+      sections: One view per section.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    sections: tuple[MatrixView, ...]
+
+    def _move(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        ends = np.cumsum([view.shape[self.axis] for view in self.sections])
+        parts = jnp.split(x, ends[:-1].tolist(), axis=self.axis)
+        return tuple(view._move(part) for view, part in zip(self.sections, parts, strict=True))
+
+    def _move_back(self, ys: tuple[jax.Array, ...]) -> jax.Array:
+        parts = [view._move_back(y) for view, y in zip(self.sections, ys, strict=True)]
+        return jnp.concatenate(parts, axis=self.axis)
+
+    def _moved_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
+        whole = list(entries)
+        whole[self.axis] = None  # a section's size need not divide by the mesh axis
+        return tuple(view._moved_spec(tuple(whole)) for view in self.sections)
+
+    def __str__(self) -> str:
+        return " + ".join(str(view) for view in self.sections)
+
+
+def open_view(view: MatrixView | PackedView, x: Any) -> Any:
+    """Returns `x` (array or `ShapeDtypeStruct`) as `(*batch, rows, cols)`, or a tuple of such."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(view._move, x)
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return view._move(x)
+    specs = view._moved_spec((*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))))
+    out = jax.tree.map(
+        lambda spec: sharding.update(spec=spec), specs, is_leaf=lambda s: type(s) is PartitionSpec
+    )
+    return run_in_auto_mode(view._move, out)(x)
+
+
+def close_view(view: MatrixView | PackedView, y: Any, like: Any) -> Any:
+    """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
+    sharding = explicit_sharding(like)
+    move_back = view._move_back
+    return move_back(y) if sharding is None else run_in_auto_mode(move_back, sharding)(y)
+
+
+def make_view(call: str, path: str, leaf: Any, dims: Any) -> MatrixView | PackedView:
+    """Builds the view of a leaf, or raises a `ValueError`/`TypeError` that names call and leaf."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}: '{path}' has dtype {leaf.dtype}; a matrix must be real or complex floating."
+        )
+    if isinstance(dims, Packed):
+        return _packed_view(call, path, tuple(leaf.shape), dims)
+    if not isinstance(dims, DimensionNumbers):
+        raise TypeError(
+            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are "
+            "MuonDimensionNumbers, orthax.Packed and None."
+        )
+    return _matrix_view(call, path, tuple(leaf.shape), dims)
+
+
+def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: Any) -> MatrixView:
+    where = f"{call}: '{path}' has shape {shape} but dimension numbers {_short(dims)}"
+    reduction = _axes(where, shape, dims.reduction_axis)
+    output = _axes(where, shape, dims.output_axis)
+    chosen = reduction + output
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{where} name an axis twice; reduction and output axes must be disjoint.")
+    batch = tuple(a for a in range(len(shape)) if a not in chosen)
+    return MatrixView(shape, batch, reduction, output)
+
+
+def _packed_view(call: str, path: str, shape: tuple[int, ...], packed: Packed) -> PackedView:
+    where = f"{call}: '{path}' has shape {shape} but {packed}"
+    (axis,) = _axes(where, shape, (packed.axis,))
+    size, sections = shape[axis], packed.sections
+    counts = sections if isinstance(sections, (tuple, list)) else (sections,)
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in counts):
+        raise TypeError(f"{where}: sections are an int, or the size of each as a tuple of ints.")
+    if counts is not sections:
+        if sections < 1 or size % sections:
+            raise ValueError(f"{where} asks for {sections} equal sections of {size} entries.")
+        counts = (size // sections,) * sections
+    if sum(counts) != size or min(counts, default=0) < 1:
+        raise ValueError(f"{where} has sections of {sum(counts)} entries in all, not {size}.")
+    views = tuple(
+        _matrix_view(call, path, (*shape[:axis], part, *shape[axis + 1 :]), packed.dims)
+        for part in counts
+    )
+    return PackedView(shape, axis, views)
+
+
+def _axes(where: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    axes = (axes,) if not isinstance(axes, (tuple, list)) else tuple(axes)
+    if not axes:
+        raise ValueError(f"{where} name no axis; at least one is needed.")
+    for axis in axes:
+        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+            raise TypeError(f"{where} name axis {axis!r}; an axis is an int.")
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{where} name axis {axis}.")
+    return tuple(int(axis) % len(shape) for axis in axes)
+
+
+def _short(dims: Any) -> str:
+    return f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"

@@ -1,0 +1,26 @@
+"""Running a function on arrays whose mesh axes are Explicit as if they were Auto.
+
+On Explicit axes JAX refuses products over sharded axes and some reshapes, because the sharding of
+their result is ambiguous. The functions here let the compiler choose inside and fix it at the exit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """Returns the sharding in the type of `x` if it lies on Explicit mesh axes, else None."""
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding
+
+
+def run_in_auto_mode(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+    """Returns `fun` run with all mesh axes Auto and its results laid out as `out_sharding` says."""
+    return jax.sharding.auto_axes(fun, out_sharding=out_sharding)

@@ -1,0 +1,70 @@
+"""Norms of matrices that neither overflow nor underflow where the matrix itself does not."""
+
+import jax
+import jax.numpy as jnp
+
+
+def frobenius_norm(x: jax.Array) -> jax.Array:
+    r"""Frobenius norm of each matrix, :math:`\|x\|_F = \sqrt{\sum_{ij} |x_{ij}|^2}`.
+
+    The sum runs over entries divided by the largest one, so the result is right for every scale
+    that the accumulating dtype holds: 1e-30 and 1e30 in float32 are fine.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating.
+
+    Returns:
+      Shape (..., 1, 1), real; float32 for 16-bit input, else the precision of `x`. Zero for a zero
+      or empty matrix, NaN if an entry is NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
+      [[5.e-30]]
+    """
+    scaled, scale = unit_max(x)
+    return scale * _norm_of_scaled(scaled)
+
+
+def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
+    """Divides each matrix by its Frobenius norm.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating. Any scale.
+      eps: A matrix whose largest entry is at most this counts as zero.
+
+    Returns:
+      Same shape; float32 for 16-bit input, else the dtype of `x`. Zero for a matrix that counts as
+      zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
+      [[0.6 0.8]]
+    """
+    scaled, scale = unit_max(x, eps)
+    norm = _norm_of_scaled(scaled)
+    return jnp.where(scale > eps, scaled / jnp.where(norm > 0, norm, 1), 0)
+
+
+def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Divides each matrix by its largest absolute entry.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating.
+      eps: A largest entry of at most this, or below the smallest normal number, counts as zero.
+
+    Returns:
+      The scaled matrices (zero where they count as zero) and the largest entries, shape (..., 1,
+      1); in float32 for 16-bit input, else the precision of `x`.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
+    counts = scale > max(eps, float(jnp.finfo(x.dtype).tiny))
+    scale = jnp.where(counts | jnp.isnan(scale), scale, 0)
+    return x / jnp.where(scale == 0, jnp.inf, scale), scale
+
+
+def _norm_of_scaled(scaled: jax.Array) -> jax.Array:
+    squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
+    return jnp.sqrt(jnp.where(squares > 0, squares, 1)) * (squares > 0)

@@ -1,0 +1,131 @@
+"""The steps that every optimizer shares: momentum, weight decay, learning rate, the fallback."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax.matrices import partition_matrices
+
+
+def matrix_optimizer(
+    call: str,
+    momentum: optax.GradientTransformation,
+    direction: optax.GradientTransformation,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+    fallback: optax.GradientTransformation | None,
+    dimension_numbers: Any,
+    mu_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, a direction for matrices, decay and learning rate; the rest to a fallback.
+
+    Args:
+      call: Name of the optimizer, for error messages.
+      momentum: Transformation of leaves of any shape.
+      direction: Transformation of leaves of any shape, `as_matrices(...)`.
+      learning_rate: Number or schedule.
+      weight_decay: Number or schedule; the Python number 0 leaves the step out.
+      mask: Tree, or callable to a tree, of bools: which leaves decay.
+      fallback: Transformation for leaves that are not matrices; None is AdamW with the same
+        learning rate, decay and mask.
+      dimension_numbers: As in `orthax.as_matrices`.
+      mu_dtype: Dtype of the default fallback's first moment.
+
+    Returns:
+      The optimizer.
+    """
+    decay = weight_decay_step(call, weight_decay, mask)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    steps = optax.chain(momentum, direction, decay, rate)
+    if fallback is None:
+        adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+        fallback = accumulate_float16_in_float32(optax.chain(adam, decay, rate))
+    return partition_matrices(accumulate_float16_in_float32(steps), fallback, dimension_numbers)
+
+
+def momentum_trace(
+    call: str, momentum: Any, nesterov: bool, mu_dtype: Any
+) -> optax.GradientTransformation:
+    """Returns `optax.trace` for a number, and a transformation as it is."""
+    if is_transformation(momentum):
+        return momentum
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+        raise ValueError(
+            f"{call}: momentum must lie in [0, 1) or be a transformation, got {momentum!r}."
+        )
+    if callable(momentum) or isinstance(momentum, str):
+        raise TypeError(
+            f"{call}: momentum must be a number in [0, 1) or an optax transformation, "
+            f"got {momentum!r}."
+        )
+    return optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
+
+
+def weight_decay_step(
+    call: str, weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformation:
+    """Returns `optax.add_decayed_weights`, or for the Python number 0 a step without params."""
+    if isinstance(weight_decay, (int, float)):
+        if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+            raise ValueError(f"{call}: weight_decay must be at least 0, got {weight_decay!r}.")
+        if weight_decay == 0:
+            nothing = optax.identity()
+            return nothing if mask is None else optax.masked(nothing, mask)
+
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                f"{call}: weight_decay={weight_decay!r} needs the params: call "
+                "update(updates, state, params)."
+            )
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformation(decay.init, update)
+
+
+def accumulate_float16_in_float32(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Shows `inner` float16 leaves in float32 and casts its updates back; other dtypes as they are.
+
+    A heavy-ball sum of float16 gradients near 1e3 overflows within 40 steps, their squares at once.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def widened(leaf: Any) -> Any:
+        if leaf.dtype != jnp.float16:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+        return leaf.astype(jnp.float32)
+
+    def init(params: Any) -> Any:
+        return inner.init(jax.tree.map(widened, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        wide_params = None if params is None else jax.tree.map(widened, params)
+        wide, state = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
+        return jax.tree.map(lambda u, like: u.astype(like.dtype), wide, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_transformation(x: Any) -> bool:
+    """Whether `x` is a transformation (any object with `init` and `update`)."""
+    return hasattr(x, "init") and hasattr(x, "update")
+
+
+def check_transformation(call: str, argument: str, x: Any) -> None:
+    """Raises a `TypeError` unless `x` is a transformation."""
+    if not is_transformation(x):
+        raise TypeError(
+            f"{call}: {argument} must be an optax transformation, such as "
+            f"orthax.orthogonalize() or optax.identity(), got {x!r}."
+        )

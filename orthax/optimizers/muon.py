@@ -1,0 +1,85 @@
+"""Muon: momentum, orthogonalised."""
+
+from typing import Any
+
+import jax
+import optax
+
+from orthax.matrices import as_matrices
+from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
+from orthax.transforms import orthogonalize, scale_by_adam_rms
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | optax.GradientTransformation = 0.95,
+    *,
+    nesterov: bool = True,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    orthogonalizer: optax.GradientTransformation = orthogonalize(),
+    shape_scale: optax.GradientTransformation = scale_by_adam_rms(),
+    fallback: optax.GradientTransformation | None = None,
+    dimension_numbers: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon, a drop-in for `optax.adamw(learning_rate)`.
+
+    For each matrix :math:`M \leftarrow \mu M + G`, then
+    :math:`W \leftarrow W - \eta \, (s \, \mathrm{polar}(G + \mu M) + \lambda W)` with the shape
+    scale s. All other leaves (biases, norms, embeddings, output heads) go to the fallback;
+    `orthax.explain(params)` shows which.
+
+    Args:
+      learning_rate: Number or schedule. With the default shape scale, AdamW's values carry over.
+      momentum: A number in [0, 1) for `optax.trace`, or a transformation taken as it is.
+      nesterov: Whether a number `momentum` looks ahead, as Keller Jordan's code does.
+      weight_decay: Decoupled decay, a number or schedule, multiplied by the learning rate. With the
+        Python number 0 `update` needs no params.
+      mask: Tree of bools, or a callable to one: which leaves decay.
+      orthogonalizer: Transformation of matrices, `orthax.orthogonalize(...)`.
+      shape_scale: Transformation of matrices: `scale_by_adam_rms` (update RMS 0.2),
+        `scale_by_width` (the original Muon; learning rates near 0.02), `scale_by_unit_rms`,
+        `scale_to_rms`.
+      fallback: Transformation for all other leaves. None: AdamW with the same learning rate, decay
+        and mask, and optax's default moments.
+      dimension_numbers: Which leaves are matrices and how: see `orthax.as_matrices`.
+      mu_dtype: Dtype of the momentum, and of the default fallback's first moment. None: the
+        gradient's; float32 for float16. In `optax.inject_hyperparams`, list it in `static_args`.
+
+    Returns:
+      The optimizer; updates have the gradients' dtype and sharding.
+      State: one momentum per matrix (4 bytes a parameter in float32), two moments per other
+        parameter.
+
+    Raises:
+      ValueError: For an argument out of range; at `init`, for a leaf whose axes are undecided; at
+        `update`, if decay needs params that are not given.
+      TypeError: For an argument of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, orthax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+      >>> optimizer = orthax.muon(1e-3)
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state)
+      >>> params = optax.apply_updates(params, updates)
+
+    Reference:
+      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; the default shape
+      scale from Liu et al., 2025, <https://arxiv.org/abs/2502.16982>.
+    """
+    check_transformation("muon", "orthogonalizer", orthogonalizer)
+    check_transformation("muon", "shape_scale", shape_scale)
+    direction = optax.chain(orthogonalizer, shape_scale)
+    return matrix_optimizer(
+        "muon",
+        momentum_trace("muon", momentum, nesterov, mu_dtype),
+        as_matrices(direction, dimension_numbers),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        fallback=fallback,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=mu_dtype,
+    )

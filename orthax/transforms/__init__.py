@@ -1,0 +1,9 @@
+"""Transformations of matrices, one idea per file."""
+
+from orthax.transforms.normalize import NormalizeNeuronsState as NormalizeNeuronsState
+from orthax.transforms.normalize import normalize_neurons as normalize_neurons
+from orthax.transforms.orthogonalize import orthogonalize as orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms as scale_by_adam_rms
+from orthax.transforms.shape_scale import scale_by_unit_rms as scale_by_unit_rms
+from orthax.transforms.shape_scale import scale_by_width as scale_by_width
+from orthax.transforms.shape_scale import scale_to_rms as scale_to_rms

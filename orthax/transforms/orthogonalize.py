@@ -1,0 +1,84 @@
+"""`orthogonalize`: every matrix becomes its orthogonal polar factor, or an approximation of it."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from orthax.linalg import newton_schulz
+from orthax.linalg._stacking import apply_per_leaf, apply_stacked
+from orthax.transforms._trees import check_matrix_leaves
+
+
+def orthogonalize(
+    method: Callable[..., jax.Array] = newton_schulz, *, stack: bool = True, **options: Any
+) -> optax.GradientTransformation:
+    r"""Replaces every matrix by its (approximate) orthogonal polar factor.
+
+    That is the steepest descent direction under the spectral norm: all singular values become 1 and
+    the singular vectors stay.
+
+    Args:
+      method: Function of matrices (..., m, n) to matrices of the same shape and dtype. With `stack`
+        it must commute with transposition, as every polar factor does.
+      stack: Whether matrices of one dtype and shape, up to transposition, are stacked so that
+        `method` is called once per shape. Makes programs smaller and faster to compile.
+      **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
+
+    Returns:
+      A stateless transformation; updates keep shape, dtype and sharding, on Auto and Explicit
+      meshes.
+      State: none.
+      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+
+    Raises:
+      TypeError: At construction, for an option that `method` does not have; at `update`, for an
+        integer leaf.
+      ValueError: At `update`, for a leaf of fewer than two axes, or what `method` raises.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax.linalg import polar_svd
+      >>> tx = orthogonalize(polar_svd)
+      >>> updates, _ = tx.update({"w": jnp.array([[0.0, 3.0], [2.0, 0.0]])}, tx.init({}))
+      >>> print(abs(updates["w"]).round(3))
+      [[0. 1.]
+       [1. 0.]]
+
+    Reference:
+      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein and
+      Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
+    """
+    _check_options(method, options)
+    configured = functools.partial(method, **options)
+    apply = apply_stacked if stack else apply_per_leaf
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        check_matrix_leaves("orthogonalize", updates)
+        leaves, structure = jax.tree.flatten(updates)
+        return structure.unflatten(apply(configured, leaves))
+
+    return optax.stateless(update)
+
+
+def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) -> None:
+    if not callable(method):
+        raise TypeError(f"orthogonalize: method must be a function of matrices, got {method!r}.")
+    name = getattr(method, "__name__", repr(method))
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][1:]
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"orthogonalize: {name} has no option {option!r}; "
+                f"it has {', '.join(known) or 'none'}."
+            )

@@ -1,0 +1,135 @@
+"""Shape scales: the factor between an orthogonal direction and an update of a useful size.
+
+For a matrix of fan_in rows and fan_out columns, as in `x @ W`. Names say what is matched, since the
+field uses the word "spectral" for three of these.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax.linalg._explicit import explicit_sharding
+from orthax.linalg._norms import normalize
+from orthax.transforms._trees import map_matrices
+
+_DIRECTIONS = ("orthogonal", "unit_norm")
+
+
+def scale_by_width() -> optax.GradientTransformation:
+    r"""Scales by :math:`\sqrt{\max(1, \text{fan\_out} / \text{fan\_in})}`, as the original Muon.
+
+    An orthogonal direction then has entries of RMS :math:`1 / \sqrt{\text{fan\_in}}`.
+
+    Returns:
+      A stateless transformation.
+      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+
+    Reference:
+      Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
+    """
+    return _scale_by_shape(
+        "scale_by_width", lambda rows, cols: math.sqrt(max(1, cols / max(1, rows)))
+    )
+
+
+def scale_by_unit_rms() -> optax.GradientTransformation:
+    r"""Scales by :math:`\sqrt{\text{fan\_out} / \text{fan\_in}}`.
+
+    An orthogonal direction then has RMS-to-RMS operator norm 1: inputs of unit RMS change the
+    outputs by at most unit RMS, so that learning rates carry over between widths.
+
+    Returns:
+      A stateless transformation.
+      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+
+    Reference:
+      Bernstein and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
+    """
+    return _scale_by_shape("scale_by_unit_rms", lambda rows, cols: math.sqrt(cols / max(1, rows)))
+
+
+def scale_by_adam_rms(
+    rms: jax.typing.ArrayLike = 0.2,
+    direction: Literal["orthogonal", "unit_norm"] = "orthogonal",
+) -> optax.GradientTransformation:
+    r"""Scales a direction of known norm so that its entries have about the RMS of Adam's updates.
+
+    The factor is :math:`r \sqrt{\max(\text{fan\_in}, \text{fan\_out})}` for an orthogonal direction
+    and :math:`r \sqrt{\text{fan\_in} \, \text{fan\_out}}` for one of unit Frobenius norm. AdamW's
+    learning rates and weight decay then carry over. The norm is taken for granted, not measured: a
+    direction of rank k below full has RMS :math:`r \sqrt{k / \min(\text{fan\_in},
+    \text{fan\_out})}`; see `scale_to_rms`.
+
+    Args:
+      rms: The RMS r of the result; 0.2 is what Adam's updates have in practice.
+      direction: What the update is: "orthogonal" (all singular values 1) or "unit_norm".
+
+    Returns:
+      A stateless transformation.
+      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+
+    Raises:
+      ValueError: If `direction` is unknown.
+
+    Reference:
+      Liu et al., Muon is Scalable for LLM Training, 2025, <https://arxiv.org/abs/2502.16982>, Lemma
+      1.
+    """
+    if direction not in _DIRECTIONS:
+        raise ValueError(
+            f"scale_by_adam_rms: direction must be one of {_DIRECTIONS}, got {direction!r}."
+        )
+    entries = max if direction == "orthogonal" else lambda rows, cols: rows * cols
+    return _scale_by_shape(
+        "scale_by_adam_rms", lambda rows, cols: rms * math.sqrt(entries(rows, cols))
+    )
+
+
+def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformation:
+    """Scales each matrix so that its entries have exactly the given RMS, by measuring its norm.
+
+    Args:
+      rms: Root mean square of the result's entries.
+
+    Returns:
+      A stateless transformation; a zero matrix stays zero.
+      Sees: trees whose leaves' last two axes are a matrix; needs no params.
+
+    Reference:
+      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is scaled
+      so.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+
+        def scaled(x: jax.Array) -> jax.Array:
+            return (rms * math.sqrt(math.prod(x.shape[-2:])) * normalize(x)).astype(x.dtype)
+
+        return map_matrices("scale_to_rms", scaled, updates)
+
+    return optax.stateless(update)
+
+
+def _scale_by_shape(
+    call: str, factor: Callable[[int, int], jax.typing.ArrayLike]
+) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        factors = {}  # one array per shape keeps programs with many equal leaves small
+
+        def scaled(x: jax.Array) -> jax.Array:
+            if explicit_sharding(x) is not None:
+                return jnp.multiply(x, factor(*x.shape[-2:])).astype(x.dtype)
+            key = (x.shape, x.dtype)
+            if key not in factors:
+                factors[key] = jnp.broadcast_to(factor(*x.shape[-2:]), x.shape).astype(x.dtype)
+            return x * factors[key]
+
+        return map_matrices(call, scaled, updates)
+
+    return optax.stateless(update)
