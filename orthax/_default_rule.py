@@ -21,6 +21,7 @@ _CONVOLUTIONS = frozenset({"conv", "convs", "convolution", "deconv", "convtransp
 _LINEN_NAME = re.compile(
     r"(?:Scan|Vmap|Checkpoint|Jit)*(Dense|DenseGeneral|Conv|ConvTranspose|ConvLocal|Einsum)_\d+"
 )
+_WITH_VECTOR_BIAS = ("Dense", "Conv", "ConvTranspose")
 _LIFTED = re.compile(r"(?:Checkpoint|Jit)*(?:Scan|Vmap)[A-Z]")  # may stack layers, or share one
 
 
@@ -101,9 +102,9 @@ def _known_module(
             return None
         if bias is not None and bias != shape[:stack] + shape[-1:]:
             return None
-        name = "convolution" if stack == 0 else "stack of convolutions"
+        kind = f"{rank - 2 - stack}-D convolution"
         dims = DimensionNumbers(tuple(range(stack, rank - 1)), rank - 1)
-        return dims, f"{rank - 2 - stack}-D {name}"
+        return dims, f"stack of {kind}s" if stack else kind
     return None
 
 
@@ -114,10 +115,10 @@ def _is_attention(path: Path, shapes: Shapes) -> bool:
     head_dim, features). Kernels of a stack of square linear layers under the same names do not fit
     unless the stack is as long as the layers are wide.
     """
-    kernels = [shapes.get(_join((*path[:-2], name, "kernel"))) for name in _ATTENTION]
-    if any(kernel is None or len(kernel) < 3 for kernel in kernels):
+    kernels = [shapes.get(_join((*path[:-2], name, "kernel")), ()) for name in _ATTENTION]
+    query, key, value, out = kernels
+    if min(map(len, kernels)) < 3:
         return False
-    query, key, value, out = (kernel or () for kernel in kernels)
     if len({len(query), len(key), len(value), len(out)}) > 1:
         return False
     stack = len(query) - 3
@@ -142,7 +143,7 @@ def _split_by_bias(
         if shape[:stack] + shape[len(shape) - len(bias) + stack :] == bias
     ]
     if len(fits) > 1:
-        fits = [stack for stack in fits if stack == _stack_of_siblings(path, shapes)]
+        fits = [stack for stack in fits if _stacks_of_siblings(path, shapes) == {stack}]
     return (fits[0], len(bias) - fits[0]) if len(fits) == 1 else None
 
 
@@ -155,29 +156,32 @@ def _stack_of_convolution(
     """
     if bias is not None:
         return len(bias) - 1
-    stack = _stack_of_siblings(path, shapes)
-    if stack is None and rank <= 4 and not _is_lifted(path):
+    stacks = _stacks_of_siblings(path, shapes)
+    if not stacks and rank <= 4 and not _is_lifted(path):
         return 0
-    return stack
+    return stacks.pop() if len(stacks) == 1 else None
 
 
-def _stack_of_siblings(path: Path, shapes: Shapes) -> int | None:
-    """Returns the number of stacked axes of a kernel's siblings, the layers in the same module.
+def _stacks_of_siblings(path: Path, shapes: Shapes) -> set[int]:
+    """Returns the numbers of stacked axes of a kernel's siblings, the layers in the same module.
 
     Biases and scales of norms, Dense and Conv have one axis in a single layer. A stack of whole
-    modules stacks all of them alike; a lifted layer is stacked for itself.
+    modules stacks all of them alike; a lifted layer is stacked for itself. Other axes are no stack:
+    a LayerNorm may have several features.
     """
     if len(path) < 2 or _LIFTED.match(str(path[-2])):
-        return None
-    module = _join((*path[:-2], ""))
-    depths = set()
+        return set()
+    kernel, module = shapes[_join(path)], _join((*path[:-2], ""))
+    stacks: set[int] = set()
     for name, shape in shapes.items():
         layer, _, leaf = name.removeprefix(module).partition("/")
-        if name.startswith(module) and leaf in ("bias", "scale") and not _LIFTED.match(layer):
-            linen = _LINEN_NAME.fullmatch(layer)
-            if _is_norm(layer) or (linen and linen.group(1) in ("Dense", "Conv", "ConvTranspose")):
-                depths.add(len(shape) - 1)
-    return depths.pop() if len(depths) == 1 else None
+        if not name.startswith(module) or leaf not in ("bias", "scale") or _LIFTED.match(layer):
+            continue
+        linen = _LINEN_NAME.fullmatch(layer)
+        has_vectors = _is_norm(layer) or (linen and linen.group(1) in _WITH_VECTOR_BIAS)
+        if has_vectors and shape[:-1] == kernel[: len(shape) - 1]:
+            stacks.add(len(shape) - 1)
+    return stacks
 
 
 def _is_lifted(path: Path) -> bool:

@@ -6,7 +6,8 @@ trees of views are opened and closed in `matrices.py`.
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -170,21 +171,22 @@ def close_view(view: MatrixView | PackedView, y: Any, like: Any) -> Any:
 
 def make_view(call: str, path: str, leaf: Any, dims: Any) -> MatrixView | PackedView:
     """Builds the view of a leaf, or raises a `ValueError`/`TypeError` that names call and leaf."""
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"{call}: '{path}' has dtype {leaf.dtype}; a matrix must be real or complex floating."
+            f"{call}: '{path}' has dtype {dtype}; a matrix must be real or complex floating."
         )
     if isinstance(dims, Packed):
-        return _packed_view(call, path, tuple(leaf.shape), dims)
-    if not isinstance(dims, DimensionNumbers):
-        raise TypeError(
-            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are "
-            "MuonDimensionNumbers, orthax.Packed and None."
-        )
-    return _matrix_view(call, path, tuple(leaf.shape), dims)
+        return _packed_view(call, path, np.shape(leaf), dims)
+    return _matrix_view(call, path, np.shape(leaf), dims)
 
 
 def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: Any) -> MatrixView:
+    if not isinstance(dims, DimensionNumbers):
+        raise TypeError(
+            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are "
+            "MuonDimensionNumbers, orthax.Packed of such, and None."
+        )
     where = f"{call}: '{path}' has shape {shape} but dimension numbers {_short(dims)}"
     reduction = _axes(where, shape, dims.reduction_axis)
     output = _axes(where, shape, dims.output_axis)
@@ -199,32 +201,35 @@ def _packed_view(call: str, path: str, shape: tuple[int, ...], packed: Packed) -
     where = f"{call}: '{path}' has shape {shape} but {packed}"
     (axis,) = _axes(where, shape, (packed.axis,))
     size, sections = shape[axis], packed.sections
-    counts = sections if isinstance(sections, (tuple, list)) else (sections,)
-    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in counts):
-        raise TypeError(f"{where}: sections are an int, or the size of each as a tuple of ints.")
-    if counts is not sections:
+    if _is_int(sections):
         if sections < 1 or size % sections:
             raise ValueError(f"{where} asks for {sections} equal sections of {size} entries.")
-        counts = (size // sections,) * sections
-    if sum(counts) != size or min(counts, default=0) < 1:
-        raise ValueError(f"{where} has sections of {sum(counts)} entries in all, not {size}.")
+        sections = (size // sections,) * int(sections)
+    if not (isinstance(sections, tuple | list) and all(map(_is_int, sections))):
+        raise TypeError(f"{where}: sections are an int, or a tuple of ints, the size of each.")
+    if sum(sections) != size or min(sections, default=0) < 1:
+        raise ValueError(f"{where} has sections of {sum(sections)} entries in all, not {size}.")
     views = tuple(
         _matrix_view(call, path, (*shape[:axis], part, *shape[axis + 1 :]), packed.dims)
-        for part in counts
+        for part in sections
     )
     return PackedView(shape, axis, views)
 
 
 def _axes(where: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
-    axes = (axes,) if not isinstance(axes, (tuple, list)) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     if not axes:
         raise ValueError(f"{where} name no axis; at least one is needed.")
     for axis in axes:
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        if not _is_int(axis):
             raise TypeError(f"{where} name axis {axis!r}; an axis is an int.")
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"{where} name axis {axis}.")
     return tuple(int(axis) % len(shape) for axis in axes)
+
+
+def _is_int(x: Any) -> TypeGuard[int]:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def _short(dims: Any) -> str:

@@ -42,9 +42,9 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """
-    scaled, scale = unit_max(x, eps)
+    scaled, _ = unit_max(x, eps)
     norm = _norm_of_scaled(scaled)
-    return jnp.where(scale > eps, scaled / jnp.where(norm > 0, norm, 1), 0)
+    return scaled / jnp.where(norm == 0, 1, norm)
 
 
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:

@@ -26,8 +26,8 @@ On CPU one matrix fills the cores and a mapped one stays in the cache (benchmark
 
 
 def apply_per_leaf(method: Method, xs: Sequence[jax.Array]) -> list[jax.Array]:
-    """Calls `method` on each array of matrices, shape (..., m, n)."""
-    return [_run([x], lambda y: (method(y),))[0] for x in xs]
+    """Calls `method` on each array of matrices, shape (..., m, n), that has entries."""
+    return [_run([x], lambda y: (method(y),))[0] if x.size else x for x in xs]
 
 
 def apply_stacked(method: Method, xs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -39,9 +39,10 @@ def apply_stacked(method: Method, xs: Sequence[jax.Array]) -> list[jax.Array]:
       xs: Arrays of matrices, shape (..., m, n) each, in any order and mix of shapes.
 
     Returns:
-      The results, in order, each with the shape and the Explicit sharding of its argument.
+      The results, in order, each with the shape and the Explicit sharding of its argument. An array
+      without entries is its own result.
     """
-    results: list[Any] = [None] * len(xs)
+    results: list[Any] = list(xs)
     for group in _groups(xs):
         stacked = _run([xs[i] for i in group], lambda *ys: _through_stack(method, ys))
         for i, result in zip(group, stacked, strict=True):
@@ -58,11 +59,13 @@ def _run(xs: list[jax.Array], fun: Callable[..., tuple[jax.Array, ...]]) -> tupl
 
 
 def _groups(xs: Sequence[jax.Array]) -> list[list[int]]:
-    """Positions of the arrays that share a stack."""
+    """Positions of the arrays that share a stack, of those that have entries."""
     groups: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     chunks: dict[Any, int] = {}
     for i, x in enumerate(xs):
+        if x.size == 0:
+            continue
         sharding = explicit_sharding(x)
         spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))) if sharding else ()
         if x.shape[-2] > x.shape[-1]:

@@ -86,10 +86,11 @@ def dimension_numbers(
 
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
     for keys, node in nodes:
-        path = "/".join(map(str, keys))
+        parts = tuple(map(str, keys))
+        path = "/".join(parts)
         if id(node) not in owners or any(re.search(pattern, path) for pattern in excluded):
             continue
-        head = output_head(keys) is not None
+        head = output_head(parts) is not None
         dims = None if head else _read_shared(path, node, owners[id(node)], gates)
         if dims is not ...:
             rules.append((f"^{re.escape(path)}$", dims))
@@ -97,10 +98,9 @@ def dimension_numbers(
 
 
 def _excluded_patterns(exclude: Any) -> tuple[str | re.Pattern[str], ...]:
-    single = exclude is None or isinstance(exclude, str | re.Pattern)
-    patterns = ((exclude,) if exclude is not None else ()) if single else exclude
+    single = isinstance(exclude, str | re.Pattern)
     try:
-        patterns = tuple(patterns)
+        patterns = (exclude,) if single else () if exclude is None else tuple(exclude)
         for pattern in patterns:
             re.compile(pattern)
     except re.error as error:

@@ -63,7 +63,20 @@ def momentum_trace(
             f"{call}: momentum must be a number in [0, 1) or an optax transformation, "
             f"got {momentum!r}."
         )
-    return optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
+    trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # An injected momentum is an array, which would widen 16-bit leaves to its own dtype.
+        results, new = trace.update(updates, state, params)
+        results = jax.tree.map(
+            lambda x, g, t: x.astype(jnp.promote_types(g.dtype, t.dtype)),
+            results,
+            updates,
+            state.trace,
+        )
+        return results, jax.tree.map(lambda x, t: x.astype(t.dtype), new, state)
+
+    return optax.GradientTransformation(trace.init, update)
 
 
 def weight_decay_step(

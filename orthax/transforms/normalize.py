@@ -78,8 +78,8 @@ def normalize_neurons(
     def rms_of_neurons(x: jax.Array) -> jax.Array:
         over = -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
         scaled, scale = unit_max(x)
-        mean = jnp.mean(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
-        return scale * jnp.sqrt(mean)
+        squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
+        return scale * jnp.sqrt(squares / max(1, x.shape[over]))
 
     def init(params: Any) -> NormalizeNeuronsState:
         def zeros(x: Any) -> jax.Array:
