@@ -20,9 +20,7 @@ import orthax
 OPTIMIZERS = {
     "optax.contrib.muon": optax.contrib.muon(1e-3),
     "orthax.muon": orthax.muon(1e-3),
-    "orthax.muon, stack=False": orthax.muon(
-        1e-3, orthogonalizer=orthax.orthogonalize(stack=False)
-    ),
+    "orthax.muon, stack=False": orthax.muon(1e-3, orthogonalizer=orthax.orthogonalize(stack=False)),
     "optax.adamw": optax.adamw(1e-3),
 }
 
