@@ -176,10 +176,18 @@ def surrounding_leaves(tree: Any) -> Iterator[None]:
 
 
 def leaf_path(keys: tuple[Any, ...]) -> tuple[str | int, ...]:
-    """Returns the components of a JAX key path, without the `.value` that boxes add at its end."""
-    if keys and getattr(keys[-1], "name", None) == "value":
-        keys = keys[:-1]
-    return tuple(_component(key) for key in keys)
+    """Returns the components of a JAX key path, without the `.value` of boxes and NNX variables."""
+    return tuple(_component(key) for at, key in enumerate(keys) if not _is_box(keys, at))
+
+
+def _is_box(keys: tuple[Any, ...], at: int) -> bool:
+    """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
+
+    Other attributes of this name belong to the model, such as the value projection of attention.
+    """
+    if getattr(keys[at], "name", None) != "value":
+        return False
+    return at == len(keys) - 1 or (at > 0 and not hasattr(keys[at - 1], "name"))
 
 
 def _component(key: Any) -> str | int:

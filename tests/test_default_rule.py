@@ -1,0 +1,494 @@
+"""Which leaves the default rule calls matrices. Every expectation is written by hand."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import orthax
+
+STACKED = {"params": 0, "batch_stats": 0}
+
+
+def shapes(tree):
+    """A tree of shapes as one of `ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(size, int) for size in x),
+    )
+
+
+def readings(params):
+    """Path -> the view that a leaf gets, or its destination if it is no matrix."""
+    rows = orthax.explain(params).rows
+    return {row.path: row.view or row.destination for row in rows}
+
+
+def linen_params(module, *inputs):
+    """Params of a Linen module, as shapes."""
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def zeros(*shape):
+    return jnp.zeros(shape)
+
+
+# --- Linen models, by automatic names
+
+
+class LinenBlock(nn.Module):
+    """Every kind of layer, width 8, 2 heads of size 3; a body for nn.scan."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)(nn.LayerNorm()(x))
+        x = nn.Conv(8, (5,))(x)
+        y = nn.Conv(4, (3, 2), use_bias=False)(x[..., None])
+        y = nn.BatchNorm(use_running_average=True)(y)
+        y = nn.ConvTranspose(1, (2, 2))(y)[..., 0]
+        heads = nn.DenseGeneral((2, 3))(x)
+        z = nn.DenseGeneral(8, axis=(-2, -1))(heads)
+        return nn.Dense(8)(nn.RMSNorm()(x + y + z)), None
+
+
+BLOCK = {
+    "BatchNorm_0/bias": "fallback",
+    "BatchNorm_0/scale": "fallback",
+    "ConvTranspose_0/bias": "fallback",
+    "ConvTranspose_0/kernel": "(16, 1)",
+    "Conv_0/bias": "fallback",
+    "Conv_0/kernel": "(40, 8)",
+    "Conv_1/kernel": "(6, 4)",
+    "DenseGeneral_0/bias": "fallback",
+    "DenseGeneral_0/kernel": "(8, 6)",
+    "DenseGeneral_1/bias": "fallback",
+    "DenseGeneral_1/kernel": "(6, 8)",
+    "Dense_0/bias": "fallback",
+    "Dense_0/kernel": "(8, 8)",
+    "LayerNorm_0/bias": "fallback",
+    "LayerNorm_0/scale": "fallback",
+    "MultiHeadDotProductAttention_0/key/bias": "fallback",
+    "MultiHeadDotProductAttention_0/key/kernel": "(8, 6)",
+    "MultiHeadDotProductAttention_0/out/bias": "fallback",
+    "MultiHeadDotProductAttention_0/out/kernel": "(6, 8)",
+    "MultiHeadDotProductAttention_0/query/bias": "fallback",
+    "MultiHeadDotProductAttention_0/query/kernel": "(8, 6)",
+    "MultiHeadDotProductAttention_0/value/bias": "fallback",
+    "MultiHeadDotProductAttention_0/value/kernel": "(8, 6)",
+    "RMSNorm_0/scale": "fallback",
+}
+SCANNED_BLOCK = BLOCK | {
+    "ConvTranspose_0/kernel": "(7, 16, 1)",
+    "Conv_0/kernel": "(7, 40, 8)",
+    "Conv_1/kernel": "(7, 6, 4)",
+    "DenseGeneral_0/kernel": "(7, 8, 6)",
+    "DenseGeneral_1/kernel": "(7, 6, 8)",
+    "Dense_0/kernel": "(7, 8, 8)",
+    "MultiHeadDotProductAttention_0/key/kernel": "(7, 8, 6)",
+    "MultiHeadDotProductAttention_0/out/kernel": "(7, 6, 8)",
+    "MultiHeadDotProductAttention_0/query/kernel": "(7, 8, 6)",
+    "MultiHeadDotProductAttention_0/value/kernel": "(7, 8, 6)",
+}
+
+
+def within(name, expected):
+    return {f"{name}/{path}": reading for path, reading in expected.items()}
+
+
+def scanned(module, length=7):
+    return nn.scan(module, variable_axes=STACKED, split_rngs={"params": True}, length=length)
+
+
+class LinenTower(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(20, 8)
+        x = embed(tokens)
+        x, _ = LinenBlock()(x)
+        x, _ = nn.remat(LinenBlock)()(x)
+        x, _ = scanned(LinenBlock)()(x, None)
+        x, _ = scanned(LinenBlock)(name="layers")(x, None)
+        nn.Dense(20, name="lm_head")(x)
+        return embed.attend(x)
+
+
+def test_a_linen_model_is_read_without_dimension_numbers():
+    params = linen_params(LinenTower(), jnp.zeros((2, 6), jnp.int32))
+    assert readings(params) == {
+        "Embed_0/embedding": "fallback",
+        **within("LinenBlock_0", BLOCK),
+        **within("CheckpointLinenBlock_0", BLOCK),
+        **within("ScanLinenBlock_0", SCANNED_BLOCK),
+        **within("layers", SCANNED_BLOCK),
+        "lm_head/bias": "fallback",
+        "lm_head/kernel": "fallback",
+    }
+
+
+class LiftedLayers(nn.Module):
+    """Single layers under nn.vmap and nn.jit: experts, and one layer shared by all."""
+
+    @nn.compact
+    def __call__(self, x):
+        each = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": 0}
+        x = nn.vmap(nn.Dense, **each)(5)(x)
+        x = nn.vmap(nn.vmap(nn.Dense, **each), **each)(4)(x)
+        x = nn.vmap(nn.Conv, **each)(4, (3, 3))(x)
+        x = nn.jit(nn.Dense)(4)(x)
+        shared = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+        return nn.vmap(nn.Conv, in_axes=0, **shared)(4, (3, 3))(x)
+
+
+def test_lifted_linen_layers_are_stacks_unless_they_share_their_params():
+    assert readings(linen_params(LiftedLayers(), zeros(2, 6, 7, 7, 4))) == {
+        "JitDense_0/bias": "fallback",
+        "JitDense_0/kernel": "(4, 4)",
+        "VmapConv_0/bias": "fallback",
+        "VmapConv_0/kernel": "(2, 36, 4)",
+        "VmapConv_1/bias": "fallback",
+        "VmapConv_1/kernel": "(36, 4)",
+        "VmapDense_0/bias": "fallback",
+        "VmapDense_0/kernel": "(2, 4, 5)",
+        "VmapVmapDense_0/bias": "fallback",
+        "VmapVmapDense_0/kernel": "(2, 6, 5, 4)",
+    }
+
+
+def test_boxed_linen_params_are_read_like_plain_ones():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
+    logical = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.MultiHeadDotProductAttention(num_heads=2, kernel_init=init)(x)
+            return nn.Dense(3, kernel_init=logical)(x)
+
+    params = linen_params(Boxed(), zeros(1, 5, 8))
+    assert isinstance(params["Dense_0"]["kernel"], nn.LogicallyPartitioned)
+    attention = {
+        f"MultiHeadDotProductAttention_0/{name}/{leaf}": reading
+        for name in ("query", "key", "value", "out")
+        for leaf, reading in (("bias", "fallback"), ("kernel", "(8, 8)"))
+    }
+    assert readings(params) == {
+        "Dense_0/bias": "fallback",
+        "Dense_0/kernel": "(8, 3)",
+        **attention,
+    }
+
+
+def test_a_linen_einsum_of_three_axes_is_undecided():
+    params = linen_params(nn.Sequential([nn.Einsum((8, 2, 3), "btd,dhk->bthk")]), zeros(1, 5, 8))
+    assert readings(params) == {"layers_0/bias": "fallback", "layers_0/kernel": "undecided"}
+    assert readings(shapes({"Einsum_0": {"kernel": (8, 2, 3)}})) == {"Einsum_0/kernel": "undecided"}
+
+
+# --- NNX models, by the names that the user gave
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            2, 8, qkv_features=6, decode=False, normalize_qk=True, rngs=rngs
+        )
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.LoRALinear(16, 8, lora_rank=2, rngs=rngs)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(20, 8, rngs=rngs)
+        self.blocks = nnx.List([NnxBlock(rngs) for _ in range(2)])
+        self.conv = nnx.Conv(8, 4, (5,), rngs=rngs)
+        self.down_conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.convs = nnx.List([nnx.Conv(4, 2, (3, 3), rngs=rngs)])
+        self.neuron = nnx.Linear(8, 1, rngs=rngs)
+        self.spread = nnx.Linear(1, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 20, rngs=rngs)
+
+
+NNX_BLOCK = {
+    "attention/key/bias": "fallback",
+    "attention/key/kernel": "(8, 6)",
+    "attention/key_ln/scale": "fallback",
+    "attention/out/bias": "fallback",
+    "attention/out/kernel": "(6, 8)",
+    "attention/query/bias": "fallback",
+    "attention/query/kernel": "(8, 6)",
+    "attention/query_ln/scale": "fallback",
+    "attention/value/bias": "fallback",
+    "attention/value/kernel": "(8, 6)",
+    "down/bias": "fallback",
+    "down/kernel": "(16, 8)",
+    "down/lora/lora_a": "(16, 2)",
+    "down/lora/lora_b": "(2, 8)",
+    "norm/scale": "fallback",
+    "up/bias": "fallback",
+    "up/kernel": "(8, 16)",
+}
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["variables", "pure state"])
+def test_an_nnx_model_is_read_where_names_decide(pure):
+    state = nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), nnx.Param)
+    if pure:
+        state = nnx.to_pure_dict(state)
+    assert readings(state) == {
+        **within("blocks/0", NNX_BLOCK),
+        **within("blocks/1", NNX_BLOCK),
+        "conv/bias": "fallback",
+        "conv/kernel": "(40, 4)",
+        "convs/0/bias": "fallback",
+        "convs/0/kernel": "(36, 2)",
+        "down_conv/kernel": "(27, 4)",
+        "embed/embedding": "fallback",
+        "head/bias": "fallback",
+        "head/kernel": "fallback",
+        "neuron/bias": "fallback",
+        "neuron/kernel": "(8, 1)",
+        "spread/bias": "fallback",
+        "spread/kernel": "(1, 8)",
+    }
+
+
+def vmapped_linear(rngs):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0)
+    def make(rngs):
+        return nnx.Linear(8, 4, rngs=rngs)
+
+    return make(rngs)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda rngs: nnx.Conv(8, 4, (5,), rngs=rngs),
+        vmapped_linear,
+        lambda rngs: nnx.LinearGeneral(8, (2, 3), rngs=rngs),
+        lambda rngs: nnx.Einsum("btd,dhk->bthk", (8, 2, 3), rngs=rngs),
+    ],
+    ids=["1-D convolution", "vmapped Linear", "LinearGeneral", "Einsum"],
+)
+def test_nnx_layers_that_names_do_not_tell_apart_raise_and_name_leaf_and_remedy(layer):
+    model = nnx.eval_shape(lambda: nnx.Dict(mix=layer(nnx.Rngs(0))))
+    message = (
+        r"partition_matrices: 'mix/kernel' has shape \(\d, \d, \d\).*neither names nor shapes"
+        r".*orthax\.nn\.dimension_numbers\(model\).*orthax\.PathRules\(\(\(r'mix/kernel'"
+    )
+    with pytest.raises(ValueError, match=message):
+        orthax.muon(1e-3).init(nnx.state(model, nnx.Param))
+
+
+# --- one leaf at a time
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 4), (3, 2, 4), (3, 5, 2, 4)])
+@pytest.mark.parametrize("name", ["bias", "scale", "out_bias"])
+def test_biases_and_scales_are_never_matrices(name, shape):
+    assert readings(shapes({"layer": {name: shape}})) == {f"layer/{name}": "fallback"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["norm/weight", "RMSNorm_0/gamma", "query_norm/weight", "ln_1/g", "bn1/weight", "my_norm"],
+)
+def test_stacked_norms_are_never_matrices(path):
+    assert readings(nested(path, (3, 8))) == {path: "fallback"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embed/embedding",
+        "Embed_0/embedding",
+        "wte",
+        "wpe",
+        "pos_embedding",
+        "tok_emb/weight",
+        "tokenEmbedder/table",
+        "patch_embed/kernel",
+    ],
+)
+def test_embeddings_are_never_matrices(path):
+    assert readings(nested(path, (20, 8))) == {path: "fallback"}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "head", "logits", "classifier"])
+def test_output_heads_go_to_the_fallback_wherever_they_are(name):
+    for path in (f"{name}/kernel", f"decoder/{name}/Dense_0/kernel", name):
+        assert readings(nested(path, (8, 20))) == {path: "fallback"}
+
+
+@pytest.mark.parametrize("path", ["heads/kernel", "ahead/kernel", "head_proj/kernel"])
+def test_names_that_only_contain_head_are_matrices(path):
+    assert readings(nested(path, (8, 20))) == {path: "(8, 20)"}
+
+
+def test_an_unknown_name_with_two_axes_is_a_matrix():
+    assert readings(shapes({"w_gate": (4, 9), "proj": {"w": (9, 1)}})) == {
+        "proj/w": "(9, 1)",
+        "w_gate": "(4, 9)",
+    }
+
+
+@pytest.mark.parametrize("path", ["experts/up", "layers/w_in", "cls_token", "module/kernel"])
+@pytest.mark.parametrize("shape", [(4, 8, 16), (2, 4, 8, 16)])
+def test_a_named_leaf_of_three_axes_that_no_rule_knows_raises_and_names_itself(path, shape):
+    with pytest.raises(ValueError, match=rf"as_matrices: '{path}' has shape \({shape[0]}, "):
+        orthax.as_matrices(optax.identity()).init(nested(path, shape))
+    assert readings(nested(path, shape)) == {path: "undecided"}
+
+
+def test_two_axes_under_scan_may_be_a_stack_of_vectors():
+    assert readings(shapes({"ScanBlock_0": {"gamma": (7, 8)}})) == {
+        "ScanBlock_0/gamma": "undecided"
+    }
+
+
+def nested(path, shape):
+    for part in reversed(path.split("/")):
+        shape = {part: shape}
+    return shapes(shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (3, 4, 8), (2, 3, 4, 8)])
+def test_leaves_without_names_are_matrices_in_their_last_two_axes(shape):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    vector = jax.ShapeDtypeStruct((8,), jnp.float32)
+    expected = str(shape)
+    assert readings(leaf) == {"": expected}
+    assert readings([leaf, (leaf, vector)]) == {
+        "0": expected,
+        "1/0": expected,
+        "1/1": "fallback",
+    }
+
+
+# --- names that decide only together with the shapes around them
+
+
+def attention(query, key, value, out):
+    kernels = {"query": query, "key": key, "value": value, "out": out}
+    return shapes({name: {"kernel": shape} for name, shape in kernels.items()})
+
+
+def test_grouped_query_and_cross_attention_are_attention():
+    params = attention((16, 4, 8), (12, 2, 8), (12, 2, 8), (4, 8, 10))
+    assert readings(params) == {
+        "key/kernel": "(12, 16)",
+        "out/kernel": "(32, 10)",
+        "query/kernel": "(16, 32)",
+        "value/kernel": "(12, 16)",
+    }
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        [(6, 8, 8)] * 4,  # a stack of square Linear layers under the names of attention
+        [(8, 8, 8)] * 4,  # the same, as long as wide: attention with head_dim 8 fits too
+        [(8, 2, 4), (8, 2, 4), (8, 2, 4), (3, 4, 8)],
+        [(8, 2, 4), (8, 2, 4), (8, 3, 4), (2, 4, 8)],
+        [(8, 2, 4), (8, 2, 4), (8, 2, 4), (7, 2, 4, 8)],
+        [(7, 8, 2, 4), (7, 8, 2, 4), (7, 8, 2, 4), (6, 2, 4, 8)],
+    ],
+)
+def test_names_of_attention_without_its_shapes_are_undecided(kernels):
+    assert set(readings(attention(*kernels)).values()) == {"undecided"}
+
+
+@pytest.mark.parametrize("missing", ["query", "key", "value", "out"])
+def test_attention_with_a_projection_missing_is_undecided(missing):
+    params = attention((8, 2, 4), (8, 2, 4), (8, 2, 4), (2, 4, 8))
+    del params[missing]
+    assert set(readings(params).values()) == {"undecided"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias", "expected"),
+    [
+        ((8, 2, 3), (2, 3), "(8, 6)"),
+        ((2, 3, 8), (8,), "(6, 8)"),
+        ((7, 8, 2, 3), (7, 2, 3), "(7, 8, 6)"),
+        ((4, 8, 2, 3), (2, 3), "(32, 6)"),
+        ((8, 8, 3), (8, 3), "undecided"),  # (8, 24), or eight of (8, 3)
+        ((8, 2, 3), (3, 2), "undecided"),
+        ((8, 2, 3), None, "undecided"),
+    ],
+)
+def test_the_bias_of_a_dense_general_tells_its_outputs(kernel, bias, expected):
+    layer = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
+    assert readings(shapes({"DenseGeneral_0": layer}))["DenseGeneral_0/kernel"] == expected
+
+
+@pytest.mark.parametrize(("scale", "expected"), [((8,), "(8, 24)"), ((8, 5), "(8, 8, 3)")])
+def test_layers_beside_a_dense_general_tell_whether_it_is_stacked(scale, expected):
+    params = {
+        "DenseGeneral_0": {"kernel": (8, 8, 3), "bias": (8, 3)},
+        "LayerNorm_0": {"scale": scale},
+    }
+    found = readings(shapes({"layers": params}))
+    assert found["layers/DenseGeneral_0/kernel"] == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "kernel", "bias", "expected"),
+    [
+        ("Conv_0", (5, 3, 8), (8,), "(15, 8)"),
+        ("Conv_0", (5, 3, 8), None, "(15, 8)"),
+        ("Conv_0", (3, 3, 4, 8), None, "(36, 8)"),
+        ("Conv_0", (2, 3, 3, 4, 8), (8,), "(72, 8)"),
+        ("Conv_0", (2, 3, 3, 4, 8), (2, 8), "(2, 36, 8)"),
+        ("Conv_0", (2, 3, 3, 4, 8), None, "undecided"),  # 3-D, or two of 2-D
+        ("Conv_0", (3, 3, 4, 8), (7,), "undecided"),
+        ("Conv_0", (3, 4, 8), (3, 8), "undecided"),
+        ("ScanBlock_0/Conv_0", (2, 3, 4, 8), (2, 8), "(2, 12, 8)"),
+        ("ScanBlock_0/Conv_0", (2, 3, 4, 8), (8,), "(24, 8)"),  # params broadcast over the scan
+        ("ScanBlock_0/Conv_0", (2, 3, 4, 8), None, "undecided"),
+        ("VmapConv_0", (2, 3, 4, 8), None, "undecided"),
+        ("ConvLocal_0", (5, 6, 8), None, "undecided"),
+        ("stem_conv", (5, 3, 8), (8,), "(15, 8)"),
+        ("conv1", (2, 5, 3, 8), (2, 8), "(2, 15, 8)"),
+    ],
+)
+def test_a_convolution_is_read_by_its_bias_or_its_rank(path, kernel, bias, expected):
+    layer = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
+    params = {path.split("/")[-1]: layer}
+    for part in path.split("/")[-2::-1]:
+        params = {part: params}
+    assert readings(shapes(params))[f"{path}/kernel"] == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({"BatchNorm_0": {"scale": (8,)}}, "(24, 8)"),
+        ({"BatchNorm_0": {"scale": (2, 8)}}, "(2, 12, 8)"),
+        ({"Dense_0": {"bias": (2, 8), "kernel": (2, 8, 8)}}, "(2, 12, 8)"),
+        ({"BatchNorm_0": {"scale": (2, 8)}, "Dense_0": {"bias": (8,)}}, "undecided"),
+        ({"VmapDense_0": {"bias": (2, 8)}}, "(24, 8)"),
+        ({"LayerNorm_0": {"scale": (7, 8)}}, "(24, 8)"),  # a norm over two axes
+    ],
+)
+def test_layers_beside_a_convolution_without_bias_tell_whether_it_is_stacked(beside, expected):
+    params = shapes({"layers": {"Conv_0": {"kernel": (2, 3, 4, 8)}, **beside}})
+    assert readings(params)["layers/Conv_0/kernel"] == expected
+
+
+def test_partition_matrices_shows_the_bias_to_the_rule_inside_and_as_matrices_alone_misses_it():
+    params = linen_params(nn.Sequential([LinenBlock()]), zeros(1, 6, 8))
+    params = {"DenseGeneral_0": params["layers_0"]["DenseGeneral_0"]}
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
+    optimizer = orthax.muon(1e-3)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+    kernel_only = {"DenseGeneral_0": {"kernel": params["DenseGeneral_0"]["kernel"]}}
+    with pytest.raises(ValueError, match=r"as_matrices: 'DenseGeneral_0/kernel' has shape"):
+        orthax.as_matrices(optax.identity()).init(kernel_only)
