@@ -82,7 +82,7 @@ def _known_module(
     """Reads a kernel of three or more axes whose module type its name tells."""
     rank = len(shape)
     bias = shapes.get(_join((*path[:-1], "bias")))
-    if path[-2] in _ATTENTION and _is_attention(path, shapes):
+    if len(path) > 1 and path[-2] in _ATTENTION and _is_attention(path, shapes):
         if parent == "out":
             return DimensionNumbers((rank - 3, rank - 2), rank - 1), "attention 'out'"
         return DimensionNumbers(rank - 3, (rank - 2, rank - 1)), f"attention '{parent}'"

@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import orthax
+import orthax.nn
 
 STACKED = {"params": 0, "batch_stats": 0}
 
@@ -492,3 +493,12 @@ def test_partition_matrices_shows_the_bias_to_the_rule_inside_and_as_matrices_al
     kernel_only = {"DenseGeneral_0": {"kernel": params["DenseGeneral_0"]["kernel"]}}
     with pytest.raises(ValueError, match=r"as_matrices: 'DenseGeneral_0/kernel' has shape"):
         orthax.as_matrices(optax.identity()).init(kernel_only)
+
+
+def test_the_kernel_of_a_layer_that_is_the_whole_model_is_read_by_its_rank():
+    assert readings(shapes({"kernel": (4, 8), "bias": (8,)}))["kernel"] == "(4, 8)"
+    assert readings(shapes({"kernel": (2, 4, 8), "bias": (8,)}))["kernel"] == "undecided"
+    model = nnx.Conv(4, 8, (3,), rngs=nnx.Rngs(0))
+    rules = orthax.nn.dimension_numbers(model)
+    table = orthax.explain(nnx.state(model, nnx.Param), rules)
+    assert {row.path: row.view for row in table.rows}["kernel"] == "(12, 8)"

@@ -64,7 +64,7 @@ def check_table(call: str, coefficients: Any) -> Table:
     """Returns a table as tuples of floats, or raises a `ValueError` that names the call."""
     accepted = "at least one row of three finite numbers (a, b, c)"
     try:
-        table = np.asarray(coefficients, dtype=np.float64)
+        table: Any = np.asarray(coefficients, dtype=np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
     if (

@@ -90,7 +90,7 @@ def normalize_neurons(
 
         return NormalizeNeuronsState(map_matrices("normalize_neurons", zeros, params))
 
-    def update(updates: Any, state: NormalizeNeuronsState, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
 
         def accumulate(x: jax.Array, rms: jax.Array) -> jax.Array:

@@ -108,7 +108,8 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
         del params
 
         def scaled(x: jax.Array) -> jax.Array:
-            return (rms * math.sqrt(math.prod(x.shape[-2:])) * normalize(x)).astype(x.dtype)
+            norm = rms * math.sqrt(math.prod(x.shape[-2:]))
+            return jnp.multiply(norm, normalize(x)).astype(x.dtype)
 
         return map_matrices("scale_to_rms", scaled, updates)
 
