@@ -1,5 +1,6 @@
 """What every benchmark leaves behind: a table on the screen and a data file with its origin."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,19 +12,29 @@ from typing import Any
 
 import jax
 
+import orthax
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("orthax", "jax", "jaxlib", "optax", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "grain", "numpy")
 
 
 def origin() -> dict[str, Any]:
     """Device, versions and commit of a measurement."""
     return {
         "device": device_name(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "commit": git_commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, orthax and the packages that decide results; those installed."""
+    found = {"python": platform.python_version(), "orthax": orthax.__version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def device_name() -> str:

@@ -21,6 +21,15 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     return sharding
 
 
+def on_auto_axes(x: Any) -> bool:
+    """Whether `x` lies on Auto mesh axes, so that only the compiler knows how it is sharded."""
+    mesh = jax.typeof(x).sharding.mesh
+    return any(
+        kind == AxisType.Auto and size > 1
+        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    )
+
+
 def run_in_auto_mode(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """Returns `fun` run with all mesh axes Auto and its results laid out as `out_sharding` says."""
     return jax.sharding.auto_axes(fun, out_sharding=out_sharding)

@@ -38,7 +38,7 @@ def newton_schulz(
     Returns:
       Same shape and dtype. A singular value that is r of the Frobenius norm becomes
       `coefficients.scalar_map(table, r)`: with `POLAR_EXPRESS` it lies in [0.859, 1.141] for r of
-      at least 1e-3 and near 990 r below (benchmarks/coefficients.py). A zero matrix gives exactly
+      at least 1e-3 and near 989 r below (benchmarks/coefficients.py). A zero matrix gives exactly
       zero, a NaN or infinity NaN. Differentiable, also at rank-deficient input; not at zero, where
       the gradient is zero.
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+from orthax.linalg._explicit import explicit_sharding, on_auto_axes, run_in_auto_mode
 
 Method = Callable[[jax.Array], jax.Array]
 
@@ -26,7 +26,7 @@ On CPU one matrix fills the cores and a mapped one stays in the cache (benchmark
 
 
 def apply_per_leaf(method: Method, xs: Sequence[jax.Array]) -> list[jax.Array]:
-    """Calls `method` on each array of matrices, shape (..., m, n), that has entries."""
+    """Calls `method` on each array of matrices, shape (..., m, n); one without entries stays."""
     return [_run([x], lambda y: (method(y),))[0] if x.size else x for x in xs]
 
 
@@ -39,10 +39,10 @@ def apply_stacked(method: Method, xs: Sequence[jax.Array]) -> list[jax.Array]:
       xs: Arrays of matrices, shape (..., m, n) each, in any order and mix of shapes.
 
     Returns:
-      The results, in order, each with the shape and the Explicit sharding of its argument. An array
-      without entries is its own result.
+      The results, in order, each with the shape and the sharding of its argument. Arrays on Auto
+      mesh axes are not stacked: their shardings may differ, and a stack would mix them.
     """
-    results: list[Any] = list(xs)
+    results: list[Any] = [x if _to_be_stacked(x) else apply_per_leaf(method, [x])[0] for x in xs]
     for group in _groups(xs):
         stacked = _run([xs[i] for i in group], lambda *ys: _through_stack(method, ys))
         for i, result in zip(group, stacked, strict=True):
@@ -58,13 +58,17 @@ def _run(xs: list[jax.Array], fun: Callable[..., tuple[jax.Array, ...]]) -> tupl
     return fun(*xs)
 
 
+def _to_be_stacked(x: jax.Array) -> bool:
+    return x.size > 0 and not on_auto_axes(x)
+
+
 def _groups(xs: Sequence[jax.Array]) -> list[list[int]]:
-    """Positions of the arrays that share a stack, of those that have entries."""
+    """Positions of the arrays that share a stack, of those that are stacked at all."""
     groups: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     chunks: dict[Any, int] = {}
     for i, x in enumerate(xs):
-        if x.size == 0:
+        if not _to_be_stacked(x):
             continue
         sharding = explicit_sharding(x)
         spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))) if sharding else ()

@@ -26,8 +26,7 @@ DION: Table = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-"""You's table, used by Dion and optax's preset `dion`. Maps [1e-3, 1] into [0.475, 1.145]; slope
-493.
+"""You's table, used by Dion and as `dion` by optax. Maps [1e-3, 1] into [0.475, 1.145]; slope 493.
 
 No safety factor. Source: Ahn et al., Dion, 2025, <https://arxiv.org/abs/2504.05295>.
 """
@@ -39,11 +38,13 @@ POLAR_EXPRESS: Table = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-"""Polar Express for five steps, as modded-nanogpt runs it. Maps [1e-3, 1] into [0.859, 1.141];
-slope 990.
+"""Polar Express for five steps, as modded-nanogpt runs it; the default.
 
-Safety factor 1.02 in all rows but the last, cushion 2. Its published code also divides the input by
-1.02, against the rounding of a bfloat16 norm; norms are taken in float32 here and need none.
+Maps [1e-3, 1] into [0.859, 1.141]; slope 989.
+
+`minimax(5, 1e-3, cushion=0.02, safety=1.02)`: safety factor 1.02 in all rows but the last. The code
+that published it also divides the input by 1.02, against the rounding of a bfloat16 norm; norms are
+taken in float32 here and need none.
 Source: Amsel et al., 2025, <https://arxiv.org/abs/2505.16932>; rows from modded-nanogpt.
 """
 
@@ -56,7 +57,8 @@ CANS: Table = (
 )
 """Chebyshev-accelerated Newton-Schulz for five steps.
 
-No safety factor. Source: Grishina et al., 2025, <https://arxiv.org/abs/2506.10935>.
+Maps [1e-3, 1] into [0.884, 1.120]; slope 1049. No safety factor.
+Source: Grishina et al., 2025, <https://arxiv.org/abs/2506.10935>.
 """
 
 

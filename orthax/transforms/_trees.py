@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from orthax._dimension_rules import leaf_path
 
@@ -13,14 +14,14 @@ def check_matrix_leaves(call: str, tree: Any) -> None:
     """Raises, naming the leaf, unless all are floating matrices, shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = "/".join(map(str, leaf_path(keys)))
+        if np.ndim(leaf) < 2:
+            raise ValueError(
+                f"{call}: '{path}' has shape {np.shape(leaf)}; its last two axes must be a matrix. "
+                "Wrap the transformation in orthax.as_matrices to choose axes."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"{call}: '{path}' has dtype {leaf.dtype}; it must be real or complex floating."
-            )
-        if len(leaf.shape) < 2:
-            raise ValueError(
-                f"{call}: '{path}' has shape {tuple(leaf.shape)}; its last two axes must be a "
-                "matrix. Wrap the transformation in orthax.as_matrices to choose axes."
             )
 
 

@@ -43,7 +43,8 @@ def normalize_neurons(
 
     Args:
       decay: Decay of the second moment, in [0, 1).
-      eps: Added to the RMS.
+      eps: Added to the RMS; an absolute number, as in the paper. Updates whose RMS is near it or
+        below are evened less.
       axis: Which vectors count as neurons: "output" the columns, as in the paper and the Dion
         repository; "long" the vectors that are counted along the longer side, as in modded-nanogpt
         and NVIDIA's code. They agree for fan_out >= fan_in.

@@ -1,0 +1,346 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import tolerances
+
+from orthax.linalg import coefficients, newton_schulz
+
+TABLES = {
+    "muon": oracles.MUON_TABLE,
+    "three steps": ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5), (1.875, -1.25, 0.375)),
+}
+SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9)]
+by_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def well_conditioned(shape, dtype=np.float32, *, seed=0):
+    """Matrices with singular values 1 to 1/2, and the gain of a table for them."""
+    rng = np.random.default_rng(seed)
+    *batch, m, n = shape
+    spectrum = np.linspace(1.0, 0.5, min(m, n))
+    count = int(np.prod(batch))
+    x = [oracles.matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
+    return np.reshape(x, shape)
+
+
+def tolerance(shape, table, dtype=np.float32, lowest=0.5):
+    r = min(shape[-2:])
+    return tolerances.rounding(dtype, r, oracles.gain(table, lowest / r**0.5))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 1), (1, 1), (3, 5, 12)], ids=str)
+@by_table
+def test_it_is_the_published_iteration(shape, table):
+    x = well_conditioned(shape)
+    actual = newton_schulz(jnp.asarray(x), table)
+    assert actual.shape == shape
+    assert actual.dtype == x.dtype
+    np.testing.assert_allclose(
+        actual, oracles.newton_schulz(x, table), rtol=0, atol=tolerance(shape, table)
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12), (1, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_it_maps_a_chosen_spectrum_as_the_scalar_polynomial_does_to_1e_12(shape, dtype):
+    rng = np.random.default_rng(0)
+    m, n = shape
+    spectrum = np.geomspace(1.0, 1e-4, min(m, n))
+    left = oracles.orthogonal(rng, m, len(spectrum), dtype)
+    right = oracles.orthogonal(rng, len(spectrum), n, dtype)
+    table = oracles.MUON_TABLE
+    mapped = oracles.scalar_map(table, spectrum / np.linalg.norm(spectrum))
+    with tolerances.double_precision():
+        actual = newton_schulz(jnp.asarray((left * spectrum) @ right), table)
+        assert actual.dtype == dtype
+        actual = np.asarray(actual)
+    np.testing.assert_allclose(actual, (left * mapped) @ right, rtol=0, atol=1e-12)
+
+
+@by_shape
+def test_the_default_table_brings_all_singular_values_near_one(shape):
+    x = well_conditioned(shape)
+    s = np.linalg.svd(oracles.float64(newton_schulz(jnp.asarray(x))), compute_uv=False)
+    assert s.min() > 0.4
+    assert s.max() < 1.3
+
+
+@by_shape
+def test_complex_matrices_keep_their_phases(shape):
+    table = oracles.MUON_TABLE
+    x = well_conditioned(shape, np.complex64)
+    actual = newton_schulz(jnp.asarray(x), table)
+    assert actual.dtype == np.complex64
+    np.testing.assert_allclose(
+        actual, oracles.newton_schulz(x, table), rtol=0, atol=tolerance(shape, table)
+    )
+
+
+@by_shape
+@by_table
+def test_it_is_odd(shape, table):
+    x = jnp.asarray(well_conditioned(shape))
+    np.testing.assert_allclose(
+        newton_schulz(-x, table),
+        -newton_schulz(x, table),
+        rtol=0,
+        atol=tolerance(shape, table),
+    )
+
+
+@by_shape
+@by_table
+def test_it_commutes_with_transposition(shape, table):
+    x = jnp.asarray(well_conditioned(shape))
+    np.testing.assert_allclose(
+        newton_schulz(x.mT, table),
+        newton_schulz(x, table).mT,
+        rtol=0,
+        atol=tolerance(shape, table),
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@by_shape
+def test_it_commutes_with_orthogonal_matrices_on_either_side(shape, dtype):
+    rng = np.random.default_rng(5)
+    x = oracles.float64(well_conditioned(shape, dtype))
+    m, n = shape[-2:]
+    q, p = oracles.orthogonal(rng, m, dtype=dtype), oracles.orthogonal(rng, n, dtype=dtype)
+    table = oracles.MUON_TABLE
+    rotated_before = newton_schulz(jnp.asarray((q @ x @ p).astype(dtype)), table)
+    rotated_after = q @ oracles.float64(newton_schulz(jnp.asarray(x.astype(dtype)), table)) @ p
+    np.testing.assert_allclose(
+        rotated_before, rotated_after, rtol=0, atol=2 * tolerance(shape, table)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-6, 1.0, 1e6, 1e12, 1e18])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (3, 5, 12), (1, 9)], ids=str)
+def test_the_scale_of_the_input_does_not_matter(shape, scale):
+    x = (well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
+    table = oracles.MUON_TABLE
+    np.testing.assert_allclose(
+        newton_schulz(jnp.asarray(x), table),
+        oracles.newton_schulz(x, table),
+        rtol=0,
+        atol=tolerance(shape, table),
+    )
+
+
+def test_matrices_of_a_batch_are_scaled_one_by_one():
+    x = well_conditioned((3, 5, 12)).astype(np.float64)
+    x = (x * np.array([1e-20, 1.0, 1e18])[:, None, None]).astype(np.float32)
+    table = oracles.MUON_TABLE
+    np.testing.assert_allclose(
+        newton_schulz(jnp.asarray(x), table),
+        oracles.newton_schulz(x, table),
+        rtol=0,
+        atol=tolerance(x.shape, table),
+    )
+
+
+def test_a_batch_is_its_slices():
+    x = jnp.asarray(well_conditioned((2, 2, 7, 4)))
+    whole = newton_schulz(x, oracles.MUON_TABLE)
+    for index in np.ndindex(2, 2):
+        np.testing.assert_allclose(
+            whole[index],
+            newton_schulz(x[index], oracles.MUON_TABLE),
+            rtol=0,
+            atol=tolerance(x.shape, oracles.MUON_TABLE),
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (1, 9)], ids=str)
+def test_zero_is_mapped_to_exactly_zero(shape, dtype):
+    actual = newton_schulz(jnp.zeros(shape, dtype))
+    assert actual.dtype == dtype
+    assert not np.asarray(actual, np.complex64).any()
+
+
+def test_a_zero_matrix_in_a_batch_stays_zero_and_leaves_the_others_alone():
+    x = well_conditioned((3, 5, 12))
+    x[1] = 0
+    actual = np.asarray(newton_schulz(jnp.asarray(x), oracles.MUON_TABLE))
+    assert not actual[1].any()
+    np.testing.assert_allclose(
+        actual, oracles.newton_schulz(x), rtol=0, atol=tolerance(x.shape, oracles.MUON_TABLE)
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 4)], ids=str)
+def test_an_empty_matrix_comes_back_empty(shape):
+    assert newton_schulz(jnp.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)], ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_matrix_of_low_rank_is_mapped_on_its_range(shape, rank):
+    rng = np.random.default_rng(3)
+    spectrum = np.zeros(min(shape))
+    spectrum[:rank] = np.linspace(1.0, 0.5, rank)
+    x = oracles.matrix_with_spectrum(rng, *shape, spectrum, np.float32)
+    table = oracles.MUON_TABLE
+    np.testing.assert_allclose(
+        newton_schulz(jnp.asarray(x), table),
+        oracles.newton_schulz(x, table),
+        rtol=0,
+        atol=tolerances.rounding(np.float32, rank, oracles.gain(table, 1e-7)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 2, 7, 4)], ids=str)
+def test_half_precision_keeps_its_dtype_and_on_a_cpu_is_rounded_only_once(shape, scale, dtype):
+    x = jnp.asarray(well_conditioned(shape) * np.float32(scale)).astype(dtype)
+    table = oracles.MUON_TABLE
+    actual = newton_schulz(x, table)
+    assert actual.dtype == dtype
+    compute = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    np.testing.assert_allclose(
+        oracles.float64(actual),
+        oracles.newton_schulz(oracles.float64(x), table),
+        rtol=tolerances.eps(dtype) / 2,
+        atol=tolerance(shape, table, compute),
+    )
+
+
+def test_float16_gradients_of_a_thousand_do_not_overflow():
+    rng = np.random.default_rng(0)
+    x = (1e3 * np.sign(rng.standard_normal((48, 96)))).astype(np.float16)
+    assert np.linalg.norm(oracles.float64(x)) > np.finfo(np.float16).max
+    s = np.linalg.svd(oracles.float64(newton_schulz(jnp.asarray(x))), compute_uv=False)
+    assert s.max() < 1.4
+    assert s.min() > 0.3
+
+
+def test_the_compute_dtype_sets_the_accuracy_and_not_the_dtype_of_the_result():
+    x = well_conditioned((8, 8))
+    table = oracles.MUON_TABLE
+    exact = oracles.newton_schulz(x, table)
+    coarse = newton_schulz(jnp.asarray(x), table, dtype=jnp.bfloat16)
+    assert coarse.dtype == np.float32
+    assert np.abs(coarse - exact).max() > tolerance(x.shape, table)
+    np.testing.assert_allclose(coarse, exact, rtol=0, atol=tolerance(x.shape, table, jnp.bfloat16))
+    fine = newton_schulz(jnp.asarray(x).astype(jnp.bfloat16), table, dtype=jnp.float32)
+    assert fine.dtype == jnp.bfloat16
+    exact = oracles.newton_schulz(oracles.float64(jnp.asarray(x).astype(jnp.bfloat16)), table)
+    np.testing.assert_allclose(
+        oracles.float64(fine), exact, rtol=tolerances.eps(jnp.bfloat16) / 2, atol=1e-5
+    )
+
+
+def test_the_length_of_the_table_is_the_number_of_steps():
+    x = well_conditioned((8, 8))
+    for steps in range(1, 6):
+        table = coefficients.MUON[:steps]
+        np.testing.assert_allclose(
+            newton_schulz(jnp.asarray(x), table),
+            oracles.newton_schulz(x, oracles.MUON_TABLE[:steps]),
+            rtol=0,
+            atol=tolerance(x.shape, oracles.MUON_TABLE[:steps]),
+        )
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (3, 5, 12)], ids=str)
+def test_a_table_may_be_a_function_of_the_shape(shape):
+    seen = []
+
+    def table(m, n):
+        seen.append((m, n))
+        return oracles.MUON_TABLE[: min(m, n) - 2]
+
+    x = well_conditioned(shape)
+    np.testing.assert_allclose(
+        newton_schulz(jnp.asarray(x), table),
+        oracles.newton_schulz(x, oracles.MUON_TABLE[:3]),
+        rtol=0,
+        atol=tolerance(shape, oracles.MUON_TABLE[:3]),
+    )
+    assert {tuple(sorted(pair)) for pair in seen} == {(5, 12)}
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 2, 7, 4)], ids=str)
+def test_its_derivative_is_that_of_the_published_iteration(shape):
+    rng = np.random.default_rng(7)
+    x = well_conditioned(shape, np.float64)
+    direction, weight = rng.standard_normal((2, *shape))
+    step = 1e-5
+    difference = oracles.newton_schulz(x + step * direction) - oracles.newton_schulz(
+        x - step * direction
+    )
+    expected = (weight * difference).sum() / (2 * step)
+    with tolerances.double_precision():
+
+        def loss(x):
+            return (weight * newton_schulz(x, oracles.MUON_TABLE)).sum()
+
+        gradient = np.asarray(jax.jit(jax.grad(loss))(x))
+        _, tangent = jax.jit(lambda *args: jax.jvp(loss, args[:1], args[1:]))(x, direction)
+    np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=1e-6)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-6)
+
+
+def test_the_gradient_is_finite_at_zero_and_at_rank_one():
+    def loss(x):
+        return newton_schulz(x)[..., 0, 0].sum()
+
+    x = np.zeros((3, 5, 12), np.float32)
+    x[1] = 1.0
+    x[2, 0, 0] = 1.0
+    assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_nan_or_an_infinity_is_not_hidden(bad):
+    x = well_conditioned((3, 5, 12))
+    x[0, 1, 2] = bad
+    actual = np.asarray(newton_schulz(jnp.asarray(x), oracles.MUON_TABLE))
+    assert np.isnan(actual[0]).any()
+    assert np.isfinite(actual[1:]).all()
+
+
+def test_it_can_be_compiled_and_vectorised_over_any_axis():
+    x = well_conditioned((3, 5, 12))
+    expected = oracles.newton_schulz(x, oracles.MUON_TABLE)
+
+    def function(x):
+        return newton_schulz(x, oracles.MUON_TABLE)
+
+    atol = tolerance(x.shape, oracles.MUON_TABLE)
+    np.testing.assert_allclose(jax.jit(function)(x), expected, rtol=0, atol=atol)
+    vectorised = jax.vmap(function, in_axes=2, out_axes=2)
+    np.testing.assert_allclose(
+        vectorised(jnp.moveaxis(jnp.asarray(x), 0, 2)),
+        np.moveaxis(expected, 0, 2),
+        rtol=0,
+        atol=atol,
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (5,)], ids=str)
+def test_fewer_than_two_axes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"axes|axis|dimension"):
+        newton_schulz(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_integers_are_refused(dtype):
+    with pytest.raises(TypeError, match=r"int32|bool"):
+        newton_schulz(jnp.ones((2, 2), dtype))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [(), ((1.5, -0.5),), ((2.0, -1.5, 0.5), (1.5, -0.5)), (2.0, -1.5, 0.5)],
+    ids=["empty", "pair", "ragged", "flat"],
+)
+def test_a_table_that_is_not_of_triples_is_refused(table):
+    with pytest.raises(ValueError, match="coefficients"):
+        newton_schulz(jnp.ones((2, 2)), table)

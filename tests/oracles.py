@@ -1,0 +1,256 @@
+"""Float64 NumPy transcriptions of the papers, written without looking at the library.
+
+Everything here is in Flax orientation, `x @ w`: a kernel is (fan_in, fan_out) and a neuron is a
+column. The papers and their PyTorch codes write the transpose.
+"""
+
+import numpy as np
+import scipy.optimize
+
+MUON_TRIPLE = (3.4445, -4.7750, 2.0315)
+MUON_TABLE = (MUON_TRIPLE,) * 5
+
+
+def mT(x):
+    """Swap the last two axes."""
+    return np.swapaxes(x, -1, -2)
+
+
+def float64(x):
+    """Widen to float64 or complex128, whatever the array library or dtype."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def relative_error(actual, expected):
+    """Largest difference of entries over the largest expected entry."""
+    actual, expected = float64(actual), float64(expected)
+    assert actual.shape == expected.shape
+    scale = np.abs(expected).max()
+    return np.abs(actual - expected).max() / (scale if scale else 1.0)
+
+
+# --- matrices with known singular values
+
+
+def orthogonal(rng, m, n=None, dtype=np.float64):
+    """Matrix with orthonormal columns, or rows where it is wide."""
+    n = m if n is None else n
+    x = rng.standard_normal((max(m, n), min(m, n)))
+    if np.issubdtype(dtype, np.complexfloating):
+        x = x + 1j * rng.standard_normal(x.shape)
+    q = np.linalg.qr(x)[0]
+    return q if m >= n else q.conj().T
+
+
+def matrix_with_spectrum(rng, m, n, singular_values, dtype=np.float64):
+    """Random singular vectors, prescribed singular values (min(m, n) of them)."""
+    r = min(m, n)
+    left, right = orthogonal(rng, m, r, dtype), orthogonal(rng, r, n, dtype)
+    return ((left * np.asarray(singular_values, np.float64)) @ right).astype(dtype)
+
+
+def on_singular_values(x, function):
+    """U function(s) V^H: the definition of an odd matrix function."""
+    u, s, vh = np.linalg.svd(float64(x), full_matrices=False)
+    return (u * function(s)[..., None, :]) @ vh
+
+
+def polar(x):
+    """U V^H of the thin SVD: the nearest matrix with orthonormal rows or columns."""
+    return on_singular_values(x, np.ones_like)
+
+
+# --- Newton-Schulz: Jordan et al. 2024, the block `zeropower_via_newtonschulz5`
+
+
+def scalar_map(table, s):
+    """Composition of s -> a s + b s^3 + c s^5."""
+    s = np.asarray(s, np.float64)
+    for a, b, c in table:
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+def scalar_slope(table, s):
+    """Derivative of `scalar_map`, by the chain rule."""
+    s, slope = np.asarray(s, np.float64), 1.0
+    for a, b, c in table:
+        s, slope = a * s + b * s**3 + c * s**5, slope * (a + 3 * b * s**2 + 5 * c * s**4)
+    return slope
+
+
+def gain(table, smallest):
+    """Largest factor by which the map enlarges a perturbation of a matrix of unit Frobenius norm.
+
+    Divided differences of an odd function bound it (Daleckii and Krein): its slope between singular
+    values and its value over s across the two blocks of the Jordan-Wielandt matrix.
+    """
+    s = np.geomspace(smallest, 1.0, 2000)
+    return max(np.abs(scalar_slope(table, s)).max(), np.abs(scalar_map(table, s) / s).max())
+
+
+def newton_schulz(x, table=MUON_TABLE):
+    """The iteration on the matrix itself, wide side out: A = X X^H, X <- a X + (b A + c A^2) X."""
+    x = float64(x)
+    if x.shape[-2] > x.shape[-1]:
+        return mT(newton_schulz(mT(x), table))
+    norm = np.sqrt((np.abs(x) ** 2).sum((-2, -1), keepdims=True))
+    x = x / np.where(norm == 0, 1.0, norm)
+    for a, b, c in table:
+        gram = x @ mT(x).conj()
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+# --- Optimal odd quintics: Amsel et al., 2505.16932, Algorithm 1, without its Remez iteration
+
+
+def quintic_by_linear_programming(lower, upper, points=1500):
+    """Minimise E subject to |1 - p(x)| <= E on a grid of [lower, upper]: (a, b, c, E).
+
+    The grid is finer towards both ends, where the extrema crowd.
+    """
+    angle = np.linspace(0, np.pi, points)
+    x = np.union1d(
+        lower + (upper - lower) * (1 - np.cos(angle)) / 2, np.geomspace(lower, upper, points)
+    )
+    odd = np.stack([x, x**3, x**5], axis=1)
+    slack = np.ones((len(x), 1))
+    constraints = np.block([[odd, -slack], [-odd, -slack]])
+    bounds = np.concatenate([np.ones(len(x)), -np.ones(len(x))])
+    result = scipy.optimize.linprog(
+        [0, 0, 0, 1], constraints, bounds, bounds=[(None, None)] * 3 + [(0, None)]
+    )
+    assert result.success, result.message
+    return result.x
+
+
+def equioscillating_quintic(lower, upper):
+    """Solve p(l) = p(r) = 1 - E, p(q) = p(u) = 1 + E, p'(q) = p'(r) = 0, from the linear program.
+
+    Near lower = upper, where that is at its own tolerance, from the Taylor polynomial of the sign.
+    """
+    if lower / upper < 0.9:
+        a, b, c, error = quintic_by_linear_programming(lower, upper)
+        root = np.sqrt(9 * b**2 - 20 * a * c)
+        q, r = np.sqrt((-3 * b + np.array([-1, 1]) * root) / (10 * c))
+    else:
+        a, b, c = np.array([15, -10, 3]) / 8 / upper ** np.array([1, 3, 5])
+        q, r, error = (3 * lower + upper) / 4, (lower + 3 * upper) / 4, 0.0
+
+    def residual(z):
+        a, b, c, error, q, r = z
+        x = np.array([lower, q, r, upper])
+        value = a * x + b * x**3 + c * x**5
+        slope = a + 3 * b * x**2 + 5 * c * x**4
+        return [*(value - 1 + error * np.array([1, -1, 1, -1])), slope[1], slope[2]]
+
+    solution = scipy.optimize.root(residual, [a, b, c, error, q, r], tol=1e-15).x
+    assert np.abs(residual(solution)).max() < 1e-12
+    return solution[:3], solution[3]
+
+
+def composed_quintics(steps, lower, *, cushion=0.0, safety=1.0, tracked=False):
+    """Greedy composition: each step is optimal for the interval that the steps before it leave.
+
+    `tracked` says whether the interval follows the polynomials with the safety factor in them
+    (modded-nanogpt's table) or without it (the paper's). The last step has no safety factor.
+    """
+    upper, table = 1.0, []
+    powers = np.array([1, 3, 5])
+    for step in range(steps):
+        start = max(lower, cushion * upper)
+        if start / upper > 1 - 1e-3:
+            row = np.array([15, -10, 3]) / 8 / upper**powers
+        else:
+            row = np.asarray(equioscillating_quintic(start, upper)[0])
+        if start > lower:
+            row = row * 2 / (scalar_map([row], lower) + scalar_map([row], upper))
+        safe = row / safety**powers if step < steps - 1 else row
+        lower = float(scalar_map([safe if tracked else row], lower))
+        upper = 2 - lower
+        table.append(tuple(safe))
+    return tuple(table)
+
+
+# --- Shape factors of METHODS 1.3, for a kernel (fan_in, fan_out)
+
+
+def width_factor(fan_in, fan_out):
+    """Keller Jordan's max(1, rows / cols)^0.5, rows = out."""
+    return max(1.0, fan_out / fan_in) ** 0.5
+
+
+def unit_rms_factor(fan_in, fan_out):
+    """Bernstein: maps unit RMS vectors to unit RMS vectors."""
+    return (fan_out / fan_in) ** 0.5
+
+
+def adam_rms_factor(fan_in, fan_out, rms=0.2):
+    """Moonlight, Lemma 1: an orthogonal matrix has RMS 1 / sqrt(max(fan_in, fan_out))."""
+    return rms * max(fan_in, fan_out) ** 0.5
+
+
+# --- Optimizers on one matrix: parameters after each gradient
+
+
+def muon(
+    p,
+    gradients,
+    learning_rate,
+    *,
+    momentum=0.95,
+    nesterov=True,
+    weight_decay=0.0,
+    table=MUON_TABLE,
+    factor=width_factor,
+    orthogonalize=None,
+):
+    """KellerJordan/Muon, `muon_update` and `Muon.step`: EMA, Nesterov by lerp, decoupled decay."""
+    p, m, path = float64(p), 0.0, []
+    for g in map(float64, gradients):
+        m = momentum * m + (1 - momentum) * g
+        u = (1 - momentum) * g + momentum * m if nesterov else m
+        o = newton_schulz(u, table) if orthogonalize is None else orthogonalize(u)
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * factor(*p.shape[-2:]) * o
+        path.append(p)
+    return path
+
+
+def normalize_neurons(o, v, decay=0.95, eps=1e-10, axis=-2):
+    """NorMuon (2510.05491), Algorithm 1: one second moment per neuron, Frobenius norm restored."""
+    o = float64(o)
+    v = decay * v + (1 - decay) * (o**2).mean(axis, keepdims=True)
+    scaled = o / (np.sqrt(v) + eps)
+    norm = np.sqrt((o**2).sum((-2, -1), keepdims=True))
+    return scaled * norm / (np.sqrt((scaled**2).sum((-2, -1), keepdims=True)) + eps), v
+
+
+def normuon(
+    p,
+    gradients,
+    learning_rate,
+    *,
+    momentum=0.95,
+    decay=0.95,
+    nesterov=True,
+    weight_decay=0.0,
+    table=MUON_TABLE,
+    factor=width_factor,
+):
+    """zichongli5/NorMuon, `normuon_update`: Muon's direction, then `normalize_neurons`."""
+    p, m, v, path = float64(p), 0.0, 0.0, []
+    for g in map(float64, gradients):
+        m = momentum * m + (1 - momentum) * g
+        u = (1 - momentum) * g + momentum * m if nesterov else m
+        o, v = normalize_neurons(newton_schulz(u, table), v, decay)
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * factor(*p.shape[-2:]) * o
+        path.append(p)
+    return path
+
+
+def spread(x, axis):
+    """Coefficient of variation of the norms of the vectors along `axis`."""
+    norms = np.sqrt((float64(x) ** 2).sum(axis))
+    return norms.std() / norms.mean()
