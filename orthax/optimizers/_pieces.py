@@ -5,9 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from orthax.matrices import partition_matrices
+from orthax.transforms._float16 import accumulate_float16_in_float32
+
+NUMBER = (int, float, np.number, np.ndarray, jax.Array)
+"""What counts as a number; a tracer is a `jax.Array`."""
 
 
 def matrix_optimizer(
@@ -39,6 +44,9 @@ def matrix_optimizer(
     Returns:
       The optimizer.
     """
+    check_number_or_schedule(call, "learning_rate", learning_rate)
+    if fallback is not None:
+        check_transformation(call, "fallback", fallback)
     decay = weight_decay_step(call, weight_decay, mask)
     rate = optax.scale_by_learning_rate(learning_rate)
     steps = optax.chain(momentum, direction, decay, rate)
@@ -54,14 +62,14 @@ def momentum_trace(
     """Returns `optax.trace` for a number, and a transformation as it is."""
     if is_transformation(momentum):
         return momentum
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
-        raise ValueError(
-            f"{call}: momentum must lie in [0, 1) or be a transformation, got {momentum!r}."
-        )
-    if callable(momentum) or isinstance(momentum, str):
+    if not isinstance(momentum, NUMBER):
         raise TypeError(
             f"{call}: momentum must be a number in [0, 1) or an optax transformation, "
             f"got {momentum!r}."
+        )
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+        raise ValueError(
+            f"{call}: momentum must lie in [0, 1) or be a transformation, got {momentum!r}."
         )
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
 
@@ -83,6 +91,7 @@ def weight_decay_step(
     call: str, weight_decay: optax.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
     """Returns `optax.add_decayed_weights`, or for the Python number 0 a step without params."""
+    check_number_or_schedule(call, "weight_decay", weight_decay)
     if isinstance(weight_decay, (int, float)):
         if not (weight_decay >= 0 and math.isfinite(weight_decay)):
             raise ValueError(f"{call}: weight_decay must be at least 0, got {weight_decay!r}.")
@@ -103,33 +112,6 @@ def weight_decay_step(
     return optax.GradientTransformation(decay.init, update)
 
 
-def accumulate_float16_in_float32(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Shows `inner` float16 leaves in float32 and casts its updates back; other dtypes as they are.
-
-    A heavy-ball sum of float16 gradients near 1e3 overflows within 40 steps, their squares at once.
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def widened(leaf: Any) -> Any:
-        if leaf.dtype != jnp.float16:
-            return leaf
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-        return leaf.astype(jnp.float32)
-
-    def init(params: Any) -> Any:
-        return inner.init(jax.tree.map(widened, params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        wide_params = None if params is None else jax.tree.map(widened, params)
-        wide, state = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
-        return jax.tree.map(lambda u, like: u.astype(like.dtype), wide, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def is_transformation(x: Any) -> bool:
     """Whether `x` is a transformation (any object with `init` and `update`)."""
     return hasattr(x, "init") and hasattr(x, "update")
@@ -142,3 +124,9 @@ def check_transformation(call: str, argument: str, x: Any) -> None:
             f"{call}: {argument} must be an optax transformation, such as "
             f"orthax.orthogonalize() or optax.identity(), got {x!r}."
         )
+
+
+def check_number_or_schedule(call: str, argument: str, x: Any) -> None:
+    """Raises a `TypeError` unless `x` is a number, a tracer of one or a schedule."""
+    if not (isinstance(x, NUMBER) or callable(x)):
+        raise TypeError(f"{call}: {argument} must be a number or a schedule, got {x!r}.")

@@ -1,0 +1,155 @@
+"""The table of the contract tests: every transform and optimizer, one row each, and their trees."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+import orthax
+from orthax.linalg import coefficients, newton_schulz, polar_svd
+
+
+class Case(NamedTuple):
+    """One row.
+
+    Attributes:
+      name: What the tests call it.
+      factory: Function that returns the transformation.
+      kwargs: Its arguments.
+      any_tree: Whether it takes leaves of any rank (an optimizer) or only matrices.
+      needs_params: Whether `update` needs the params.
+      numbers: The arguments that are numbers, which `optax.inject_hyperparams` may inject.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    kwargs: dict[str, Any]
+    any_tree: bool = False
+    needs_params: bool = False
+    numbers: tuple[str, ...] = ()
+
+    def build(self, **overrides: Any) -> optax.GradientTransformation:
+        return self.factory(**{**self.kwargs, **overrides})
+
+    def values(self) -> dict[str, float]:
+        """The numbers of this row, given or by default."""
+        parameters = inspect.signature(self.factory).parameters
+        return {name: self.kwargs.get(name, parameters[name].default) for name in self.numbers}
+
+    def injected(self, **overrides: Any) -> optax.GradientTransformationExtraArgs:
+        """The transformation with every number injected and every other argument static."""
+        static = set(inspect.signature(self.factory).parameters) - set(self.numbers)
+        factory = optax.inject_hyperparams(self.factory, static_args=static)
+        return factory(**{**self.kwargs, **overrides})
+
+
+def orthogonalize(method=newton_schulz, stack=True):
+    """Without `**options`: `optax.inject_hyperparams` cannot pass these on."""
+    return orthax.orthogonalize(method, stack=stack)
+
+
+def is_matrix(tree: Any) -> Any:
+    """A mask of the leaves with two axes or more."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def optimizer(name: str, factory: Callable[..., Any], *numbers: str, **kwargs: Any) -> Case:
+    numbers = ("learning_rate", "momentum", "weight_decay", *numbers)
+    kwargs = {"learning_rate": 0.1, **kwargs}
+    needs_params = kwargs.get("weight_decay", 0) != 0
+    return Case(name, factory, kwargs, True, needs_params, numbers)
+
+
+views = orthax.PathRules(
+    (
+        ("packed", orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=(8, 4))),
+        ("heads", MuonDimensionNumbers((0, 1), 2)),
+        ("Dense_1", MuonDimensionNumbers(1, 0)),
+        ("scanned/Dense_0/kernel", MuonDimensionNumbers(-2, -1)),
+    )
+)
+options = {
+    "weight_decay": 0.1,
+    "mask": is_matrix,
+    "dimension_numbers": views,
+    # Two steps instead of five compile in half the time.
+    "orthogonalizer": orthax.orthogonalize(newton_schulz, coefficients=coefficients.MUON[:2]),
+}
+
+CASES = (
+    Case("orthogonalize", orthogonalize, {}),
+    Case("orthogonalize(polar_svd)", orthogonalize, {"method": polar_svd}),
+    Case("orthogonalize(stack=False)", orthogonalize, {"stack": False}),
+    Case("normalize_neurons", orthax.normalize_neurons, {}, numbers=("decay", "eps")),
+    Case(
+        "normalize_neurons(long)",
+        orthax.normalize_neurons,
+        {"decay": 0.8, "axis": "long"},
+        numbers=("decay", "eps"),
+    ),
+    Case("scale_by_width", orthax.scale_by_width, {}),
+    Case("scale_by_unit_rms", orthax.scale_by_unit_rms, {}),
+    Case("scale_by_adam_rms", orthax.scale_by_adam_rms, {}, numbers=("rms",)),
+    Case(
+        "scale_by_adam_rms(unit_norm)",
+        orthax.scale_by_adam_rms,
+        {"direction": "unit_norm"},
+        numbers=("rms",),
+    ),
+    Case("scale_to_rms", orthax.scale_to_rms, {}, numbers=("rms",)),
+    Case(
+        "as_matrices",
+        orthax.as_matrices,
+        {"inner": orthax.orthogonalize(), "dimension_numbers": views},
+    ),
+    optimizer("muon", orthax.muon),
+    optimizer("muon(options)", orthax.muon, **options),
+    optimizer("normuon", orthax.normuon, "decay"),
+    optimizer("normuon(options)", orthax.normuon, "decay", **options),
+)
+
+# All of one shape, up to transposition: it compiles faster than many.
+MATRICES = {
+    "Dense_0": {"kernel": (6, 8)},
+    "Dense_1": {"kernel": (8, 6)},
+    "scanned": {"Dense_0": {"kernel": (2, 8, 6)}},
+}
+OTHERS = {
+    "Dense_0": {"kernel": (6, 8), "bias": (8,)},
+    "scanned": {"Dense_0": {"kernel": (2, 8, 6), "bias": (2, 6)}},
+    "Embed_0": {"embedding": (7, 4)},
+    "temperature": (),
+}
+VIEWED = {"packed": (6, 12), "heads": (2, 3, 8)}
+
+
+def shapes_of(case: Case) -> dict[str, Any]:
+    """Shapes of a tree that the case takes; 1-D leaves among them where it takes them."""
+    viewed = VIEWED if case.kwargs.get("dimension_numbers") is views else {}
+    others = OTHERS if case.any_tree else {}
+    return {**MATRICES, **others, **viewed}
+
+
+def normal_tree(shapes: Any, seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
+    """A tree of normal numbers."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * rng.standard_normal(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def params_of(case: Case, dtype: Any = jnp.float32) -> Any:
+    """Params that the case takes."""
+    return normal_tree(shapes_of(case), 0, dtype)
+
+
+def grads_of(case: Case, steps: int = 1, dtype: Any = jnp.float32, scale: float = 1.0) -> list[Any]:
+    """Gradients for them."""
+    return [normal_tree(shapes_of(case), 1 + step, dtype, scale) for step in range(steps)]

@@ -1,0 +1,209 @@
+"""Updates on eight devices are those on one, and keep the sharding of their parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import orthax
+from orthax.linalg import coefficients, newton_schulz, polar_svd
+
+# Two steps instead of five compile in half the time.
+QUICK = {"coefficients": coefficients.MUON[:2]}
+OPTIONS = {
+    "orthogonalizer": orthax.orthogonalize(newton_schulz, **QUICK),
+    "dimension_numbers": orthax.PathRules(
+        ((r"packed", orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=(16, 8))),)
+    ),
+}
+OPTIMIZERS = {
+    "muon": orthax.muon(0.1, weight_decay=0.1, **OPTIONS),
+    "normuon": orthax.normuon(0.1, **OPTIONS),
+}
+TRANSFORMS = {
+    "orthogonalize": orthax.orthogonalize(newton_schulz, **QUICK),
+    "orthogonalize(stack=False)": orthax.orthogonalize(newton_schulz, stack=False, **QUICK),
+    "orthogonalize(polar_svd)": orthax.orthogonalize(polar_svd),
+    "normalize_neurons": orthax.normalize_neurons(),
+    "normalize_neurons(long)": orthax.normalize_neurons(axis="long"),
+    "scale_by_width": orthax.scale_by_width(),
+    "scale_by_unit_rms": orthax.scale_by_unit_rms(),
+    "scale_by_adam_rms": orthax.scale_by_adam_rms(),
+    "scale_to_rms": orthax.scale_to_rms(),
+}
+# What a compiler does to a decomposition on Auto axes: it gathers the matrix and leaves it there.
+GATHERED_ON_AUTO = {"orthogonalize(polar_svd)"}
+
+# Shape and sharding of each leaf, on a mesh of x (4 devices) and y (2 devices).
+MATRICES = {
+    "replicated": ((16, 8), P()),
+    "rows": ((16, 8), P("x", None)),
+    "columns": ((16, 8), P(None, "y")),
+    "both": ((16, 8), P("x", "y")),
+    "both_swapped": ((8, 16), P("y", "x")),
+    "rows_over_all": ((16, 8), P(("x", "y"), None)),
+    "stack": {"Dense_0": {"kernel": ((4, 8, 16), P("x", None, None))}},
+    "stack_and_columns": {"Dense_0": {"kernel": ((4, 8, 16), P("x", None, "y"))}},
+}
+MODEL = {
+    **MATRICES,
+    "packed": ((16, 24), P("x", "y")),
+    "attention": {
+        "query": {"kernel": ((16, 4, 8), P(None, "x", None)), "bias": ((4, 8), P("x", None))},
+        "key": {"kernel": ((16, 4, 8), P(None, "x", None))},
+        "value": {"kernel": ((16, 4, 8), P("y", "x", None))},
+        "out": {"kernel": ((4, 8, 16), P("x", None, None)), "bias": ((16,), P("y"))},
+    },
+    "Embed_0": {"embedding": ((32, 8), P("x", None))},
+}
+LAYOUTS = dict.fromkeys(OPTIMIZERS, MODEL) | dict.fromkeys(TRANSFORMS, MATRICES)
+TOLERANCE = 1e-5  # of the largest entry of a leaf: sums over shards are taken in another order
+
+
+def map_leaves(function, layout, *trees):
+    return jax.tree.map(
+        function, layout, *trees, is_leaf=lambda x: isinstance(x, tuple) and type(x[1]) is P
+    )
+
+
+def normal_tree(layout, seed):
+    rng = np.random.default_rng(seed)
+    return map_leaves(lambda leaf: rng.standard_normal(leaf[0]).astype(np.float32), layout)
+
+
+def put(mesh, layout, tree):
+    return map_leaves(lambda leaf, x: jax.device_put(x, NamedSharding(mesh, leaf[1])), layout, tree)
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    assert jax.device_count() == 8, "run `pytest tests/sharding` by itself"
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(request.param,) * 2)
+
+
+def assert_close(actual, expected):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        x, y = oracles.float64(x), oracles.float64(y)
+        assert np.abs(x - y).max() <= TOLERANCE * np.abs(y).max(), jax.tree_util.keystr(path)
+
+
+def assert_sharded_alike(actual, expected):
+    """Every array of one tree lies as in the other; on Explicit axes its type says so too."""
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        where = (jax.tree_util.keystr(path), x.sharding, y.sharding)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), where
+        assert jax.typeof(x).sharding == jax.typeof(y).sharding, where
+
+
+def arrays(state):
+    """Leaves but the counters, which start on one device and follow the params from then on."""
+    return [x for x in jax.tree.leaves(state) if x.ndim]
+
+
+@functools.cache
+def on_one_device(name):
+    """Params, gradients and updates of an optimizer or a transform, without a mesh."""
+    transformation, layout = (OPTIMIZERS | TRANSFORMS)[name], LAYOUTS[name]
+    params, g = normal_tree(layout, 0), normal_tree(layout, 1)
+    return params, g, jax.jit(transformation.update)(g, transformation.init(params), params)[0]
+
+
+def check(name, mesh, *, keeps=True):
+    """The update on the mesh is that on one device, and nothing moves."""
+    transformation, layout = (OPTIMIZERS | TRANSFORMS)[name], LAYOUTS[name]
+    params, g, expected = on_one_device(name)
+    params, g = put(mesh, layout, params), put(mesh, layout, g)
+    state = transformation.init(params)
+    updates, new_state = jax.jit(transformation.update)(g, state, params)
+    assert_close(updates, expected)
+    if keeps:
+        assert_sharded_alike(updates, params)
+        assert_sharded_alike(arrays(new_state), arrays(state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_shardings_and_gives_the_updates_of_one_device(name, mesh):
+    check(name, mesh)
+
+
+def test_it_does_so_with_the_mesh_as_context(mesh):
+    with jax.set_mesh(mesh):
+        check("muon", mesh)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_keeps_shardings_and_gives_the_updates_of_one_device(name, mesh):
+    auto = AxisType.Auto in mesh.axis_types
+    check(name, mesh, keeps=not (auto and name in GATHERED_ON_AUTO))
+
+
+@pytest.mark.parametrize("name", sorted(GATHERED_ON_AUTO))
+def test_what_is_gathered_on_auto_axes_obeys_the_out_shardings_of_jit(name, mesh):
+    params, g, expected = on_one_device(name)
+    params, g = put(mesh, MATRICES, params), put(mesh, MATRICES, g)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    update = jax.jit(TRANSFORMS[name].update, out_shardings=(shardings, None))
+    updates, _ = update(g, TRANSFORMS[name].init(params))
+    assert_close(updates, expected)
+    assert_sharded_alike(updates, params)
+
+
+def test_without_jit_updates_are_the_same(mesh):
+    layout = {name: MATRICES[name] for name in ("rows", "both", "both_swapped")}
+    params, g = (normal_tree(layout, seed) for seed in range(2))
+    optimizer = OPTIMIZERS["normuon"]
+    expected, _ = optimizer.update(g, optimizer.init(params))
+    params, g = put(mesh, layout, params), put(mesh, layout, g)
+    with jax.set_mesh(mesh):
+        updates, _ = optimizer.update(g, optimizer.init(params))
+    assert_close(updates, expected)
+    assert_sharded_alike(updates, params)
+
+
+def test_momentum_lies_where_its_parameter_lies(mesh):
+    params = put(mesh, MODEL, normal_tree(MODEL, 0))
+    state = OPTIMIZERS["muon"].init(params)
+    kernels = jax.tree.leaves(optax.tree.get(state, "trace"))
+    found = {(x.shape, str(x.sharding)) for x in kernels}
+    assert found <= {(x.shape, str(x.sharding)) for x in jax.tree.leaves(params)}
+    assert len(found) > 8
+
+
+def test_a_training_step_never_moves_a_parameter(mesh):
+    layout = {"up": {"kernel": ((8, 16), P("x", "y"))}, "down": {"kernel": ((16, 8), P("y", None))}}
+    optimizer = OPTIMIZERS["normuon"]
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda p: 2 * p + 1, params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = put(mesh, layout, normal_tree(layout, 0))
+    with jax.set_mesh(mesh):
+        first, state = params, jax.jit(optimizer.init)(params)
+        for _ in range(3):
+            params, state = step(params, state)
+            assert_sharded_alike(params, first)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_bfloat16_params_keep_dtype_and_sharding(mesh):
+    layout = {"rows": MATRICES["rows"], "both": MATRICES["both"]}
+    cast = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), normal_tree(layout, s)) for s in (0, 1)]
+    params, g = (put(mesh, layout, tree) for tree in cast)
+    optimizer = OPTIMIZERS["muon"]
+    updates, _ = jax.jit(optimizer.update)(g, optimizer.init(params), params)
+    assert_sharded_alike(updates, params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}

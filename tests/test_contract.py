@@ -1,0 +1,475 @@
+"""What optax users may expect of any transformation, for every row of `contract_cases.CASES`."""
+
+import contextlib
+import functools
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import orbax.checkpoint as ocp
+import pytest
+import tolerances
+from contract_cases import CASES, grads_of, is_matrix, normal_tree, params_of
+
+# The same sum in another order; Newton-Schulz steps amplify its error.
+REORDERED = tolerances.rounding(np.float32, gain=100)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_optimizer = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.any_tree], ids=lambda case: case.name
+)
+cases_with_numbers = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.numbers], ids=lambda case: case.name
+)
+
+
+@functools.cache
+def built(name):
+    """The transformation of a row and its compiled update; one for all tests."""
+    (case,) = [case for case in CASES if case.name == name]
+    transformation = case.build()
+    return transformation, jax.jit(transformation.update)
+
+
+def steps_of(transformation, params, grads, update=None):
+    """Updates of each gradient at fixed params, and the last state."""
+    update = update or jax.jit(transformation.update)
+    state, results = transformation.init(params), []
+    for g in grads:
+        updates, state = update(g, state, params)
+        results.append(updates)
+    return results, state
+
+
+def assert_close(actual, expected, tolerance=REORDERED):
+    """Equal trees of equal shapes, each leaf within a part of its largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert x.shape == y.shape, path
+        x, y = oracles.float64(x), oracles.float64(y)
+        largest = np.abs(y).max(initial=0)
+        error = np.abs(x - y).max(initial=0)
+        assert error <= tolerance * largest, (jax.tree_util.keystr(path), error, largest)
+
+
+def assert_equal(actual, expected):
+    assert_close(actual, expected, 0)
+
+
+def assert_finite(tree):
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        assert np.isfinite(oracles.float64(x)).all(), jax.tree_util.keystr(path)
+
+
+def types_of(tree):
+    """Shape, dtype and weak type of every leaf, in the tree's structure."""
+
+    def type_of(x):
+        x = jax.typeof(x) if isinstance(x, jax.Array) else x
+        return f"{x.shape} {x.dtype} {x.weak_type}"
+
+    return jax.tree.map(type_of, tree)
+
+
+def precision(dtype):
+    """float64 needs jax_enable_x64."""
+    if dtype != "float64":
+        return contextlib.nullcontext()
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return jax.experimental.enable_x64()
+
+
+def select(mask, tree):
+    """The tree with `optax.MaskedNode` where the mask is False."""
+    return jax.tree.map(lambda keep, leaf: leaf if keep else optax.MaskedNode(), mask, tree)
+
+
+def beside_vectors(case):
+    """The transformation for a tree with 1-D leaves, and params: matrix transforms are masked."""
+    transformation, _ = built(case.name)
+    if case.any_tree:
+        return transformation, params_of(case), grads_of(case, 3)
+    vector = {"vector": jnp.ones(3)}
+    trees = [tree | vector for tree in (params_of(case), *grads_of(case, 3))]
+    return optax.masked(transformation, is_matrix), trees[0], trees[1:]
+
+
+# --- compilation
+
+
+@every_case
+def test_two_calls_trace_once(case):
+    transformation, params, (g, *_) = case.build(), params_of(case), grads_of(case, 1)
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(transformation.update, n=1))
+    _, state = update(g, transformation.init(params), params)
+    update(g, state, params)
+
+
+@every_case
+def test_a_compiled_update_is_the_eager_one(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
+    compiled, compiled_state = steps_of(transformation, params, grads, update)
+    eager, eager_state = steps_of(transformation, params, grads, transformation.update)
+    assert_close(compiled, eager)
+    assert_close(compiled_state, eager_state)
+
+
+@every_case
+def test_buffers_of_params_and_state_can_be_donated(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(g, state, params):
+        updates, state = transformation.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donated, donated_state = params, transformation.init(params)
+    params = jax.tree.map(jnp.copy, params)
+    state = transformation.init(params)
+    for g in grads:
+        given = jax.tree.leaves((donated, donated_state))
+        donated, donated_state = step(g, donated_state, donated)
+        assert all(x.is_deleted() for x in given if x.ndim > 1)
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(donated, params)
+    assert_close(donated_state, state)
+
+
+@every_case
+def test_a_scan_over_gradients_is_the_loop(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 3)
+    expected, expected_state = steps_of(transformation, params, grads, update)
+
+    def step(state, g):
+        updates, state = transformation.update(g, state, params)
+        return state, updates
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *grads)
+    state, updates = jax.lax.scan(step, transformation.init(params), stacked)
+    assert_close(updates, jax.tree.map(lambda *xs: jnp.stack(xs), *expected))
+    assert_close(state, expected_state)
+
+
+# --- arguments
+
+
+@every_case
+def test_unknown_extra_arguments_are_ignored(case):
+    (transformation, _), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    state = transformation.init(params)
+    update = transformation.update
+    if not case.any_tree:  # optax.chain and the other wrappers do this for a plain transformation
+        update = optax.with_extra_args_support(transformation).update
+    extra = {"value": 1.0, "nobody_knows_this": jnp.ones(2)}
+    program = jax.make_jaxpr(functools.partial(update, **extra))(g, state, params)
+    assert str(program) == str(jax.make_jaxpr(update)(g, state, params))
+
+
+@every_case
+def test_params_are_needed_only_where_the_table_says_so(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    state = transformation.init(params)
+    if case.needs_params:
+        with pytest.raises(ValueError, match="params"):
+            transformation.update(g, state)
+    else:
+        assert_close(update(g, state), update(g, state, params))
+
+
+# --- dtypes and the state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_case
+def test_updates_keep_the_dtype_of_gradients_and_states_their_types(case, dtype):
+    with precision(dtype):
+        transformation, _ = built(case.name)
+        params, (g,) = params_of(case, dtype), grads_of(case, dtype=dtype)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+        state = transformation.init(params)
+        updates, new_state = jax.eval_shape(transformation.update, g, state, params)
+        assert types_of(updates) == types_of(g)
+        assert types_of(new_state) == types_of(state)
+
+
+@every_case
+def test_leaves_of_a_tree_keep_their_own_dtypes(case):
+    transformation, _ = built(case.name)
+    dtypes = [np.float32, jnp.bfloat16, np.float16]
+
+    def mixed(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(x.astype(dtypes[i % 3]) for i, x in enumerate(leaves))
+
+    params, g = mixed(params_of(case)), mixed(grads_of(case)[0])
+    state = transformation.init(params)
+    updates, new_state = jax.eval_shape(transformation.update, g, state, params)
+    assert types_of(updates) == types_of(g)
+    assert types_of(new_state) == types_of(state)
+
+
+@every_case
+def test_the_state_of_abstract_params_is_that_of_params(case):
+    (transformation, _), params = built(case.name), params_of(case)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    state = transformation.init(params)
+    assert types_of(transformation.init(abstract)) == types_of(state)
+    assert_equal(transformation.init(abstract), state)
+    assert types_of(jax.eval_shape(transformation.init, params)) == types_of(state)
+
+
+@every_case
+def test_no_state_holds_an_array_without_entries(case):
+    transformation, params, _ = beside_vectors(case)
+    assert all(np.size(x) for x in jax.tree.leaves(transformation.init(params)))
+
+
+@every_case
+def test_sixty_large_float16_gradients_stay_finite(case):
+    transformation, update = built(case.name)
+    params, (g, h) = params_of(case, "float16"), grads_of(case, 2, "float16")
+    g, h = (jax.tree.map(lambda x: 2e3 * jnp.sign(x), tree) for tree in (g, h))
+    state = transformation.init(params)
+    for step in range(60):
+        updates, state = update(h if step % 10 == 9 else g, state, params)
+        assert_finite(updates)
+    assert_finite(state)
+    for path, x in jax.tree_util.tree_leaves_with_path(updates):
+        assert np.asarray(x).any(), path
+
+
+@every_case
+def test_the_state_survives_flax_serialization(case):
+    transformation, params, (*grads, last) = beside_vectors(case)
+    _, state = steps_of(transformation, params, grads)
+    template = transformation.init(params)
+    restored = flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
+    assert_equal(restored, state)
+    assert_close(
+        transformation.update(last, restored, params), transformation.update(last, state, params)
+    )
+    as_dict = flax.serialization.to_state_dict(state)
+    assert_equal(flax.serialization.from_state_dict(template, as_dict), state)
+
+
+@every_case
+def test_the_state_survives_an_orbax_checkpoint(case, tmp_path):
+    transformation, params, (*grads, last) = beside_vectors(case)
+    _, state = steps_of(transformation, params, grads)
+    saved = {"params": params, "state": state}
+    template = {"params": params, "state": transformation.init(params)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        restored = checkpointer.restore(tmp_path / "checkpoint", abstract)
+    assert_equal(restored, saved)
+    assert_close(
+        transformation.update(last, restored["state"], params),
+        transformation.update(last, state, params),
+    )
+
+
+@every_case
+def test_map_params_reaches_all_of_the_state_that_follows_params_and_no_counter(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
+    _, state = steps_of(transformation, params, grads, update)
+    assert_equal(optax.tree.map_params(transformation, lambda x: x, state), state)
+    mapped = optax.tree.map_params(
+        transformation, lambda x: "params", state, transform_non_params=lambda x: "other"
+    )
+    kinds = jax.tree.map(
+        lambda x: "other" if jnp.issubdtype(x.dtype, jnp.integer) else "params", state
+    )
+    assert mapped == kinds
+    if case.any_tree:
+        assert {"params", "other"} <= set(jax.tree.leaves(mapped))
+
+
+# --- optax's wrappers
+
+
+@every_case
+def test_multi_steps_are_one_step_of_the_mean_gradient(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 6)
+    means = [jax.tree.map(lambda *xs: sum(xs) / 3, *grads[start : start + 3]) for start in (0, 3)]
+    expected, expected_state = steps_of(transformation, params, means, update)
+    updates, state = steps_of(optax.MultiSteps(transformation, 3), params, grads)
+    assert_close([updates[2], updates[5]], expected)
+    assert_close(state.inner_opt_state, expected_state)
+    for i in (0, 1, 3, 4):
+        assert not any(np.asarray(x).any() for x in jax.tree.leaves(updates[i]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@every_case
+def test_multi_steps_accept_16_bits(case, dtype):
+    params, (g,) = params_of(case, dtype), grads_of(case, dtype=dtype)
+    wrapped = optax.MultiSteps(built(case.name)[0], 2)
+    state = wrapped.init(params)
+    updates, new_state = jax.eval_shape(wrapped.update, g, state, params)
+    assert types_of(updates) == types_of(g)
+    assert types_of(new_state.inner_opt_state) == types_of(state.inner_opt_state)
+
+
+@every_case
+def test_in_masked_and_partition_leaves_are_as_if_alone(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    ours = jax.tree.map(lambda _: True, params)
+    ours["Dense_1"]["kernel"] = False
+    others = jax.tree.map(lambda ours: not ours, ours)
+    labels = jax.tree.map(lambda ours: "ours" if ours else "sgd", ours)
+    (alone,), _ = steps_of(transformation, select(ours, params), [select(ours, g)], update)
+
+    (masked,), _ = steps_of(optax.masked(transformation, ours), params, [g])
+    assert_close(select(ours, masked), alone)
+    assert_equal(select(others, masked), select(others, g))
+
+    both = optax.partition({"ours": transformation, "sgd": optax.sgd(0.5)}, labels)
+    (parted,), _ = steps_of(both, params, [g])
+    assert_close(select(ours, parted), alone)
+    assert_close(select(others, parted), jax.tree.map(lambda x: -0.5 * x, select(others, g)))
+
+
+@functools.cache
+def injected(name):
+    """The transformation of a row with every number injected, and its compiled update."""
+    (case,) = [case for case in CASES if case.name == name]
+    transformation = case.injected()
+    return transformation, jax.jit(transformation.update)
+
+
+@cases_with_numbers
+def test_every_number_can_be_injected(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
+    expected, _ = steps_of(transformation, params, grads, update)
+    transformation, update = injected(case.name)
+    updates, state = steps_of(transformation, params, grads, update)
+    assert_close(updates, expected)
+    assert state.hyperparams == pytest.approx(case.values())
+    assert types_of(state) == types_of(transformation.init(params))
+
+
+@pytest.mark.parametrize("hyperparam_dtype", [None, "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@cases_with_numbers
+def test_injected_numbers_change_no_dtype(case, dtype, hyperparam_dtype):
+    with precision(dtype):
+        params, (g,) = params_of(case, dtype), grads_of(case, dtype=dtype)
+        static = set(case.kwargs) - set(case.numbers)
+        injected = optax.inject_hyperparams(case.factory, static, hyperparam_dtype)(**case.kwargs)
+        state = injected.init(params)
+        updates, new_state = jax.eval_shape(injected.update, g, state, params)
+        assert types_of(updates) == types_of(g)
+        assert types_of(new_state) == types_of(state)
+
+
+@cases_with_numbers
+def test_injected_numbers_can_be_changed_in_the_state(case):
+    params, (g,) = params_of(case), grads_of(case)
+    changed = {name: 0.5 * value for name, value in case.values().items()}
+    (expected,), _ = steps_of(case.build(**changed), params, [g])
+    transformation, update = injected(case.name)
+    state = transformation.init(params)
+    state.hyperparams.update({name: jnp.asarray(value) for name, value in changed.items()})
+    assert_close(update(g, state, params)[0], expected)
+
+
+@cases_with_numbers
+def test_injected_schedules_are_followed(case):
+    params, grads = params_of(case), grads_of(case, 3)
+    schedules = {
+        name: functools.partial(lambda value, count: value / (1 + count), value)
+        for name, value in case.values().items()
+    }
+    updates, _ = steps_of(case.injected(**schedules), params, grads)
+    transformation, update = injected(case.name)
+    state = transformation.init(params)
+    for count, (g, result) in enumerate(zip(grads, updates, strict=True)):
+        now = {name: jnp.asarray(schedule(count)) for name, schedule in schedules.items()}
+        expected, state = update(g, state._replace(hyperparams=now), params)
+        assert_close(result, expected)
+
+
+# --- schedules of the optimizers
+
+
+@every_optimizer
+def test_the_learning_rate_may_be_a_schedule(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 3)
+    constant, _ = steps_of(transformation, params, grads, update)
+    scheduled = case.build(learning_rate=lambda count: 0.1 / (1 + count))
+    updates, state = steps_of(scheduled, params, grads)
+    for count, (result, expected) in enumerate(zip(updates, constant, strict=True)):
+        assert_close(result, jax.tree.map(lambda x, count=count: x / (1 + count), expected))
+    assert types_of(state) == types_of(scheduled.init(params))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.needs_params], ids=lambda case: case.name
+)
+def test_the_weight_decay_may_be_a_schedule(case):
+    params, grads = params_of(case), grads_of(case, 3)
+    without, _ = steps_of(case.build(weight_decay=0.0), params, grads)
+    scheduled = case.build(weight_decay=lambda count: 0.5 / (1 + count))
+    updates, state = steps_of(scheduled, params, grads)
+    decays = case.kwargs["mask"](params)
+    for count, (result, expected) in enumerate(zip(updates, without, strict=True)):
+        decayed = jax.tree.map(
+            lambda u, decays, p, count=count: u - decays * 0.1 * 0.5 / (1 + count) * p,
+            expected,
+            decays,
+            params,
+        )
+        assert_close(result, decayed)
+    assert types_of(state) == types_of(scheduled.init(params))
+
+
+# --- unusual leaves
+
+
+@every_case
+def test_places_without_an_array_stay(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    (expected,), _ = steps_of(transformation, params, [g], update)
+    for tree in (params, g, expected):
+        tree["none"] = {"kernel": None, "bias": None}
+        tree["masked"] = {"kernel": optax.MaskedNode()}
+        tree["without"] = [{}, (), []]
+    (updates,), state = steps_of(transformation, params, [g], update)
+    assert_close(updates, expected)
+    assert types_of(state) == types_of(transformation.init(params))
+
+
+@pytest.mark.parametrize("tree", [{}, [], (), {"a": None}, optax.MaskedNode()], ids=repr)
+@every_case
+def test_a_tree_without_arrays_passes(case, tree):
+    transformation, _ = built(case.name)
+    state = transformation.init(tree)
+    updates, new_state = transformation.update(tree, state, tree)
+    assert updates == tree
+    assert types_of(new_state) == types_of(state)
+
+
+@every_case
+def test_arrays_without_entries_pass_and_disturb_no_other(case):
+    (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
+    expected, _ = steps_of(transformation, params, grads, update)
+    empty = {"no_rows": (0, 4), "no_columns": (4, 0)}
+    empty |= {"bias": (0,)} if case.any_tree else {}
+    for tree in (params, *grads, *expected):
+        tree["empty"] = normal_tree(empty)
+    updates, state = steps_of(transformation, params, grads, update)
+    assert_close(updates, expected)
+    assert_finite(state)
+    assert types_of(state) == types_of(transformation.init(params))
