@@ -25,9 +25,9 @@ def orthogonalize(
       method: Function of matrices (..., m, n) to matrices of the same shape and dtype. With `stack`
         it must commute with transposition, as every polar factor does.
       stack: Whether matrices of one dtype and shape, up to transposition, are stacked so that
-        `method` is called once per shape. Makes programs smaller and faster to compile. Leaves on Auto mesh
-        axes are not stacked, since only the compiler knows how each is sharded; leaves on Explicit
-        axes share a stack with those of the same sharding.
+        `method` is called once per shape. Makes programs smaller and faster to compile. Leaves on
+        Auto mesh axes are not stacked, since only the compiler knows how each is sharded; leaves on
+        Explicit axes share a stack with those of the same sharding.
       **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
 
     Returns:
