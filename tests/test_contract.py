@@ -28,6 +28,14 @@ cases_with_numbers = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_faster():
+    """Hundreds of small programs are compiled here and run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def built(name):
     """The transformation of a row and its compiled update; one for all tests."""
@@ -92,14 +100,19 @@ def select(mask, tree):
     return jax.tree.map(lambda keep, leaf: leaf if keep else optax.MaskedNode(), mask, tree)
 
 
-def beside_vectors(case):
-    """The transformation for a tree with 1-D leaves, and params: matrix transforms are masked."""
-    transformation, _ = built(case.name)
-    if case.any_tree:
-        return transformation, params_of(case), grads_of(case, 3)
-    vector = {"vector": jnp.ones(3)}
-    trees = [tree | vector for tree in (params_of(case), *grads_of(case, 3))]
-    return optax.masked(transformation, is_matrix), trees[0], trees[1:]
+@functools.cache
+def after_two_steps(name):
+    """A transformation for a tree with 1-D leaves, its params and state, and a third step."""
+    (case,) = [case for case in CASES if case.name == name]
+    transformation, update = built(name)
+    params, (*grads, last) = params_of(case), grads_of(case, 3)
+    if not case.any_tree:
+        transformation = optax.masked(transformation, is_matrix)
+        update = jax.jit(transformation.update)
+        for tree in (params, *grads, last):
+            tree["vector"] = jnp.ones(3)
+    _, state = steps_of(transformation, params, grads, update)
+    return transformation, params, state, lambda state: update(last, state, params)
 
 
 # --- compilation
@@ -219,6 +232,17 @@ def test_leaves_of_a_tree_keep_their_own_dtypes(case):
 
 
 @every_case
+def test_weakly_typed_params_give_a_strongly_typed_state(case):
+    transformation, _ = built(case.name)
+    params, (g,) = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), params_of(case)), grads_of(case)
+    assert all(leaf.weak_type for leaf in jax.tree.leaves(params))
+    state = transformation.init(params)
+    for gradient in (g, params):
+        _, new_state = jax.eval_shape(transformation.update, gradient, state, params)
+        assert types_of(new_state) == types_of(state)
+
+
+@every_case
 def test_the_state_of_abstract_params_is_that_of_params(case):
     (transformation, _), params = built(case.name), params_of(case)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -230,7 +254,7 @@ def test_the_state_of_abstract_params_is_that_of_params(case):
 
 @every_case
 def test_no_state_holds_an_array_without_entries(case):
-    transformation, params, _ = beside_vectors(case)
+    transformation, params, *_ = after_two_steps(case.name)
     assert all(np.size(x) for x in jax.tree.leaves(transformation.init(params)))
 
 
@@ -250,34 +274,39 @@ def test_sixty_large_float16_gradients_stay_finite(case):
 
 @every_case
 def test_the_state_survives_flax_serialization(case):
-    transformation, params, (*grads, last) = beside_vectors(case)
-    _, state = steps_of(transformation, params, grads)
+    transformation, params, state, step = after_two_steps(case.name)
     template = transformation.init(params)
     restored = flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
     assert_equal(restored, state)
-    assert_close(
-        transformation.update(last, restored, params), transformation.update(last, state, params)
-    )
+    assert_equal(step(restored), step(state))
     as_dict = flax.serialization.to_state_dict(state)
     assert_equal(flax.serialization.from_state_dict(template, as_dict), state)
 
 
-@every_case
-def test_the_state_survives_an_orbax_checkpoint(case, tmp_path):
-    transformation, params, (*grads, last) = beside_vectors(case)
-    _, state = steps_of(transformation, params, grads)
-    saved = {"params": params, "state": state}
-    template = {"params": params, "state": transformation.init(params)}
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Params and states of all rows, saved with Orbax and restored."""
+    saved, abstract = {}, {}
+    for case in CASES:
+        transformation, params, state, _ = after_two_steps(case.name)
+        saved[case.name] = {"params": params, "state": state}
+        abstract[case.name] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            {"params": params, "state": transformation.init(params)},
+        )
+    path = tmp_path_factory.mktemp("orbax") / "checkpoint"
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.save(path, saved)
         checkpointer.wait_until_finished()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        restored = checkpointer.restore(tmp_path / "checkpoint", abstract)
-    assert_equal(restored, saved)
-    assert_close(
-        transformation.update(last, restored["state"], params),
-        transformation.update(last, state, params),
-    )
+        return checkpointer.restore(path, abstract)
+
+
+@every_case
+def test_the_state_survives_an_orbax_checkpoint(case, checkpoint):
+    _, params, state, step = after_two_steps(case.name)
+    restored = checkpoint[case.name]
+    assert_equal(restored, {"params": params, "state": state})
+    assert_equal(step(restored["state"]), step(state))
 
 
 @every_case
@@ -294,6 +323,27 @@ def test_map_params_reaches_all_of_the_state_that_follows_params_and_no_counter(
     assert mapped == kinds
     if case.any_tree:
         assert {"params", "other"} <= set(jax.tree.leaves(mapped))
+
+
+# A packed leaf's second moments are a tuple, one per section, which no leaf of params matches.
+leaf_by_leaf = [case for case in CASES if case.name != "normuon(options)"]
+
+
+@pytest.mark.parametrize("case", leaf_by_leaf, ids=lambda case: case.name)
+def test_map_params_pairs_the_state_with_another_tree_like_params(case):
+    (transformation, _), params = built(case.name), params_of(case)
+    paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), params)
+    state = transformation.init(params)
+    paired = optax.tree.map_params(
+        transformation,
+        lambda x, path: x if isinstance(x, optax.MaskedNode) else path,
+        state,
+        paths,
+        transform_non_params=lambda x: "",
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    for keys, path in jax.tree_util.tree_leaves_with_path(paired):
+        assert jax.tree_util.keystr(keys).endswith(path)
 
 
 # --- optax's wrappers
@@ -323,21 +373,21 @@ def test_multi_steps_accept_16_bits(case, dtype):
 
 
 @every_case
-def test_in_masked_and_partition_leaves_are_as_if_alone(case):
+def test_in_masked_and_partition_leaves_are_as_beside_the_others(case):
     (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
     ours = jax.tree.map(lambda _: True, params)
     ours["Dense_1"]["kernel"] = False
     others = jax.tree.map(lambda ours: not ours, ours)
-    labels = jax.tree.map(lambda ours: "ours" if ours else "sgd", ours)
-    (alone,), _ = steps_of(transformation, select(ours, params), [select(ours, g)], update)
+    (expected,), _ = steps_of(transformation, params, [g], update)
 
     (masked,), _ = steps_of(optax.masked(transformation, ours), params, [g])
-    assert_close(select(ours, masked), alone)
+    assert_close(select(ours, masked), select(ours, expected))
     assert_equal(select(others, masked), select(others, g))
 
+    labels = jax.tree.map(lambda ours: "ours" if ours else "sgd", ours)
     both = optax.partition({"ours": transformation, "sgd": optax.sgd(0.5)}, labels)
     (parted,), _ = steps_of(both, params, [g])
-    assert_close(select(ours, parted), alone)
+    assert_close(select(ours, parted), select(ours, expected))
     assert_close(select(others, parted), jax.tree.map(lambda x: -0.5 * x, select(others, g)))
 
 
@@ -458,6 +508,17 @@ def test_a_tree_without_arrays_passes(case, tree):
     state = transformation.init(tree)
     updates, new_state = transformation.update(tree, state, tree)
     assert updates == tree
+    assert types_of(new_state) == types_of(state)
+
+
+@every_optimizer
+def test_a_python_number_is_a_leaf_like_any_other(case):
+    (transformation, _), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    expected = types_of(g)
+    params["temperature"], g["temperature"] = 1.5, 0.5
+    state = transformation.init(params)
+    updates, new_state = jax.eval_shape(lambda: transformation.update(g, state, params))
+    assert types_of(updates) == expected
     assert types_of(new_state) == types_of(state)
 
 

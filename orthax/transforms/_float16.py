@@ -17,11 +17,11 @@ def accumulate_float16_in_float32(
     inner = optax.with_extra_args_support(inner)
 
     def widened(leaf: Any) -> Any:
-        if leaf.dtype != jnp.float16:
-            return leaf
+        dtype = jnp.result_type(leaf)  # a Python number is a leaf too
+        dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-        return leaf.astype(jnp.float32)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        return jnp.asarray(leaf, dtype)  # strong: a weakly typed state would change its type
 
     def init(params: Any) -> Any:
         return inner.init(jax.tree.map(widened, params))
@@ -29,6 +29,6 @@ def accumulate_float16_in_float32(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         wide_params = None if params is None else jax.tree.map(widened, params)
         wide, state = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
-        return jax.tree.map(lambda u, like: u.astype(like.dtype), wide, updates), state
+        return jax.tree.map(lambda u, like: u.astype(jnp.result_type(like)), wide, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

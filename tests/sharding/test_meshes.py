@@ -180,23 +180,33 @@ def test_momentum_lies_where_its_parameter_lies(mesh):
     assert len(found) > 8
 
 
-def test_a_training_step_never_moves_a_parameter(mesh):
+WRAPPED = {
+    "plain": OPTIMIZERS["normuon"],
+    "injected": optax.inject_hyperparams(orthax.normuon)(0.1, weight_decay=0.1, **OPTIONS),
+    "MultiSteps": optax.MultiSteps(OPTIMIZERS["muon"], 2),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_training_never_moves_a_parameter(name, mesh):
     layout = {"up": {"kernel": ((8, 16), P("x", "y"))}, "down": {"kernel": ((16, 8), P("y", None))}}
-    optimizer = OPTIMIZERS["normuon"]
 
-    @jax.jit
-    def step(params, state):
+    def step(carry, _):
+        params, state = carry
         grads = jax.tree.map(lambda p: 2 * p + 1, params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        updates, state = WRAPPED[name].update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
 
-    params = put(mesh, layout, normal_tree(layout, 0))
+    first = put(mesh, layout, normal_tree(layout, 0))
     with jax.set_mesh(mesh):
-        first, state = params, jax.jit(optimizer.init)(params)
-        for _ in range(3):
-            params, state = step(params, state)
-            assert_sharded_alike(params, first)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+        start = first, jax.jit(WRAPPED[name].init)(first)
+        (params, _), _ = jax.jit(step)(start, None)
+        assert_sharded_alike(params, first)
+        (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))(start)
+        assert_sharded_alike(params, first)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True):
+        assert np.isfinite(x).all()
+        assert (np.asarray(x) != np.asarray(y)).all()
 
 
 def test_bfloat16_params_keep_dtype_and_sharding(mesh):
