@@ -7,9 +7,8 @@ benchmarks/data/real_spectra.npz holds singular values of momentum matrices of b
 width 256 at steps 20 and 200 and of width 768 at steps 10 and 60. Most of them lie below 1e-2 of
 the Frobenius norm, where a Gaussian matrix has few: a table is judged on these. Training follows
 the protocol of examples/gpt_compare.py --full: a sweep of learning rates chosen on one held-out
-part,
-three seeds at the best rate, losses on another part. Prints tables, writes coefficients.json and
-coefficients.png to benchmarks/results.
+part, three seeds at the best rate, losses on another part. Prints tables, writes coefficients.json
+and coefficients.png to benchmarks/results.
 """
 
 import dataclasses

@@ -42,7 +42,7 @@ def default_rule(path: Path, shapes: Shapes) -> tuple[DimensionNumbers | None, s
     Raises:
       Undecided: If names and shapes leave more than one reading.
     """
-    shape = shapes[_join(path)]
+    shape = shapes[path_name(path)]
     if len(shape) < 2:
         return None, "fewer than two axes"
     if not any(isinstance(part, str) for part in path):
@@ -81,7 +81,7 @@ def _known_module(
 ) -> tuple[DimensionNumbers, str] | None:
     """Reads a kernel of three or more axes whose module type its name tells."""
     rank = len(shape)
-    bias = shapes.get(_join((*path[:-1], "bias")))
+    bias = shapes.get(path_name((*path[:-1], "bias")))
     if len(path) > 1 and path[-2] in _ATTENTION and _is_attention(path, shapes):
         if parent == "out":
             return DimensionNumbers((rank - 3, rank - 2), rank - 1), "attention 'out'"
@@ -115,7 +115,7 @@ def _is_attention(path: Path, shapes: Shapes) -> bool:
     head_dim, features). Kernels of a stack of square linear layers under the same names do not fit
     unless the stack is as long as the layers are wide.
     """
-    kernels = [shapes.get(_join((*path[:-2], name, "kernel")), ()) for name in _ATTENTION]
+    kernels = [shapes.get(path_name((*path[:-2], name, "kernel")), ()) for name in _ATTENTION]
     query, key, value, out = kernels
     if min(map(len, kernels)) < 3:
         return False
@@ -171,7 +171,7 @@ def _stacks_of_siblings(path: Path, shapes: Shapes) -> set[int]:
     """
     if len(path) < 2 or _LIFTED.match(str(path[-2])):
         return set()
-    kernel, module = shapes[_join(path)], _join((*path[:-2], ""))
+    kernel, module = shapes[path_name(path)], path_name((*path[:-2], ""))
     stacks: set[int] = set()
     for name, shape in shapes.items():
         layer, _, leaf = name.removeprefix(module).partition("/")
@@ -197,15 +197,16 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
-def _join(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns the components of a path joined by `/`, as rules and error messages show it."""
     return "/".join(map(str, path))
 
 
 def _advice(path: Path, shape: tuple[int, ...]) -> str:
     return (
-        f"'{_join(path)}' has shape {shape}, and neither names nor shapes decide which axes are "
-        "its matrix. Pass dimension_numbers=orthax.nn.dimension_numbers(model) for a Flax NNX "
-        f"model, or a rule such as orthax.PathRules(((r'{re.escape(_join(path))}', "
+        f"'{path_name(path)}' has shape {shape}, and neither names nor shapes decide which axes "
+        "are its matrix. Pass dimension_numbers=orthax.nn.dimension_numbers(model) for a Flax NNX "
+        f"model, or a rule such as orthax.PathRules(((r'{re.escape(path_name(path))}', "
         "MuonDimensionNumbers(reduction_axis=..., output_axis=...)),)), or None in its place to "
         "send it to the fallback. Axes that are neither count matrices."
     )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from orthax._default_rule import Shapes, Undecided, default_rule
+from orthax._default_rule import Shapes, Undecided, default_rule, path_name
 from orthax._views import DimensionNumbers, MatrixView, Packed, PackedView, make_view
 
 
@@ -99,7 +99,7 @@ def resolve(
     """
     keyed = jax.tree_util.tree_leaves_with_path(tree)
     paths = [leaf_path(keys) for keys, _ in keyed]
-    names = ["/".join(map(str, path)) for path in paths]
+    names = [path_name(path) for path in paths]
     shapes = {
         **_surrounding_shapes.get(),
         **{name: np.shape(leaf) for name, (_, leaf) in zip(names, keyed, strict=True)},
@@ -165,7 +165,7 @@ def surrounding_leaves(tree: Any) -> Iterator[None]:
     transformation that handles the kernel would not see it otherwise.
     """
     shapes = {
-        "/".join(map(str, leaf_path(keys))): np.shape(leaf)
+        path_name(leaf_path(keys)): np.shape(leaf)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     token = _surrounding_shapes.set({**_surrounding_shapes.get(), **shapes})

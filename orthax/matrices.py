@@ -12,6 +12,7 @@ static, so neither wrapper adds anything to a compiled program but the reshapes.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -220,17 +221,10 @@ def _row(leaf: Leaf) -> Row:
         destination = "undecided" if undecided else "fallback"
         return Row(leaf.path, np.shape(leaf.value), "", "", "", "", destination, leaf.reason)
     views = leaf.view.sections if not isinstance(leaf.view, MatrixView) else (leaf.view,)
-    batch = sum(_count(view) for view in views)
+    batch = sum(math.prod(view.batch) for view in views)
     fan_in = " + ".join(str(size) for size in dict.fromkeys(view.fan_in for view in views))
     fan_out = " + ".join(str(view.fan_out) for view in views)
     shape = np.shape(leaf.value)
     return Row(
         leaf.path, shape, str(leaf.view), str(batch), fan_in, fan_out, "matrices", leaf.reason
     )
-
-
-def _count(view: MatrixView) -> int:
-    count = 1
-    for size in view.batch:
-        count *= size
-    return count

@@ -254,3 +254,13 @@ def spread(x, axis):
     """Coefficient of variation of the norms of the vectors along `axis`."""
     norms = np.sqrt((float64(x) ** 2).sum(axis))
     return norms.std() / norms.mean()
+
+
+def well_conditioned(shape, dtype=np.float32, *, seed=0):
+    """Matrices with singular values 1 to 1/2."""
+    rng = np.random.default_rng(seed)
+    *batch, m, n = shape
+    spectrum = np.linspace(1.0, 0.5, min(m, n))
+    count = int(np.prod(batch))
+    x = [matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
+    return np.reshape(x, shape)

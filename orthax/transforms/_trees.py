@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthax._default_rule import path_name
 from orthax._dimension_rules import leaf_path
 
 
 def check_matrix_leaves(call: str, tree: Any) -> None:
     """Raises, naming the leaf, unless all are floating matrices, shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = "/".join(map(str, leaf_path(keys)))
+        path = path_name(leaf_path(keys))
         if np.ndim(leaf) < 2:
             raise ValueError(
                 f"{call}: '{path}' has shape {np.shape(leaf)}; its last two axes must be a matrix. "

@@ -16,16 +16,6 @@ by_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def well_conditioned(shape, dtype=np.float32, *, seed=0):
-    """Matrices with singular values 1 to 1/2, and the gain of a table for them."""
-    rng = np.random.default_rng(seed)
-    *batch, m, n = shape
-    spectrum = np.linspace(1.0, 0.5, min(m, n))
-    count = int(np.prod(batch))
-    x = [oracles.matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
-    return np.reshape(x, shape)
-
-
 def tolerance(shape, table, dtype=np.float32, lowest=0.5):
     r = min(shape[-2:])
     return tolerances.rounding(dtype, r, oracles.gain(table, lowest / r**0.5))
@@ -34,7 +24,7 @@ def tolerance(shape, table, dtype=np.float32, lowest=0.5):
 @pytest.mark.parametrize("shape", [*SHAPES, (9, 1), (1, 1), (3, 5, 12)], ids=str)
 @by_table
 def test_it_is_the_published_iteration(shape, table):
-    x = well_conditioned(shape)
+    x = oracles.well_conditioned(shape)
     actual = newton_schulz(jnp.asarray(x), table)
     assert actual.shape == shape
     assert actual.dtype == x.dtype
@@ -62,7 +52,7 @@ def test_it_maps_a_chosen_spectrum_as_the_scalar_polynomial_does_to_1e_12(shape,
 
 @by_shape
 def test_the_default_table_brings_all_singular_values_near_one(shape):
-    x = well_conditioned(shape)
+    x = oracles.well_conditioned(shape)
     s = np.linalg.svd(oracles.float64(newton_schulz(jnp.asarray(x))), compute_uv=False)
     assert s.min() > 0.4
     assert s.max() < 1.3
@@ -71,7 +61,7 @@ def test_the_default_table_brings_all_singular_values_near_one(shape):
 @by_shape
 def test_complex_matrices_keep_their_phases(shape):
     table = oracles.MUON_TABLE
-    x = well_conditioned(shape, np.complex64)
+    x = oracles.well_conditioned(shape, np.complex64)
     actual = newton_schulz(jnp.asarray(x), table)
     assert actual.dtype == np.complex64
     np.testing.assert_allclose(
@@ -82,7 +72,7 @@ def test_complex_matrices_keep_their_phases(shape):
 @by_shape
 @by_table
 def test_it_is_odd(shape, table):
-    x = jnp.asarray(well_conditioned(shape))
+    x = jnp.asarray(oracles.well_conditioned(shape))
     np.testing.assert_allclose(
         newton_schulz(-x, table),
         -newton_schulz(x, table),
@@ -94,7 +84,7 @@ def test_it_is_odd(shape, table):
 @by_shape
 @by_table
 def test_it_commutes_with_transposition(shape, table):
-    x = jnp.asarray(well_conditioned(shape))
+    x = jnp.asarray(oracles.well_conditioned(shape))
     np.testing.assert_allclose(
         newton_schulz(x.mT, table),
         newton_schulz(x, table).mT,
@@ -107,7 +97,7 @@ def test_it_commutes_with_transposition(shape, table):
 @by_shape
 def test_it_commutes_with_orthogonal_matrices_on_either_side(shape, dtype):
     rng = np.random.default_rng(5)
-    x = oracles.float64(well_conditioned(shape, dtype))
+    x = oracles.float64(oracles.well_conditioned(shape, dtype))
     m, n = shape[-2:]
     q, p = oracles.orthogonal(rng, m, dtype=dtype), oracles.orthogonal(rng, n, dtype=dtype)
     table = oracles.MUON_TABLE
@@ -121,7 +111,7 @@ def test_it_commutes_with_orthogonal_matrices_on_either_side(shape, dtype):
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-6, 1.0, 1e6, 1e12, 1e18])
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (3, 5, 12), (1, 9)], ids=str)
 def test_the_scale_of_the_input_does_not_matter(shape, scale):
-    x = (well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
+    x = (oracles.well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
     table = oracles.MUON_TABLE
     np.testing.assert_allclose(
         newton_schulz(jnp.asarray(x), table),
@@ -132,7 +122,7 @@ def test_the_scale_of_the_input_does_not_matter(shape, scale):
 
 
 def test_matrices_of_a_batch_are_scaled_one_by_one():
-    x = well_conditioned((3, 5, 12)).astype(np.float64)
+    x = oracles.well_conditioned((3, 5, 12)).astype(np.float64)
     x = (x * np.array([1e-20, 1.0, 1e18])[:, None, None]).astype(np.float32)
     table = oracles.MUON_TABLE
     np.testing.assert_allclose(
@@ -144,7 +134,7 @@ def test_matrices_of_a_batch_are_scaled_one_by_one():
 
 
 def test_a_batch_is_its_slices():
-    x = jnp.asarray(well_conditioned((2, 2, 7, 4)))
+    x = jnp.asarray(oracles.well_conditioned((2, 2, 7, 4)))
     whole = newton_schulz(x, oracles.MUON_TABLE)
     for index in np.ndindex(2, 2):
         np.testing.assert_allclose(
@@ -164,7 +154,7 @@ def test_zero_is_mapped_to_exactly_zero(shape, dtype):
 
 
 def test_a_zero_matrix_in_a_batch_stays_zero_and_leaves_the_others_alone():
-    x = well_conditioned((3, 5, 12))
+    x = oracles.well_conditioned((3, 5, 12))
     x[1] = 0
     actual = np.asarray(newton_schulz(jnp.asarray(x), oracles.MUON_TABLE))
     assert not actual[1].any()
@@ -198,7 +188,7 @@ def test_a_matrix_of_low_rank_is_mapped_on_its_range(shape, rank):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("shape", [(5, 12), (2, 2, 7, 4)], ids=str)
 def test_half_precision_keeps_its_dtype_and_on_a_cpu_is_rounded_only_once(shape, scale, dtype):
-    x = jnp.asarray(well_conditioned(shape) * np.float32(scale)).astype(dtype)
+    x = jnp.asarray(oracles.well_conditioned(shape) * np.float32(scale)).astype(dtype)
     table = oracles.MUON_TABLE
     actual = newton_schulz(x, table)
     assert actual.dtype == dtype
@@ -221,7 +211,7 @@ def test_float16_gradients_of_a_thousand_do_not_overflow():
 
 
 def test_the_compute_dtype_sets_the_accuracy_and_not_the_dtype_of_the_result():
-    x = well_conditioned((8, 8))
+    x = oracles.well_conditioned((8, 8))
     table = oracles.MUON_TABLE
     exact = oracles.newton_schulz(x, table)
     coarse = newton_schulz(jnp.asarray(x), table, dtype=jnp.bfloat16)
@@ -237,7 +227,7 @@ def test_the_compute_dtype_sets_the_accuracy_and_not_the_dtype_of_the_result():
 
 
 def test_the_length_of_the_table_is_the_number_of_steps():
-    x = well_conditioned((8, 8))
+    x = oracles.well_conditioned((8, 8))
     for steps in range(1, 6):
         table = coefficients.MUON[:steps]
         np.testing.assert_allclose(
@@ -256,7 +246,7 @@ def test_a_table_may_be_a_function_of_the_shape(shape):
         seen.append((m, n))
         return oracles.MUON_TABLE[: min(m, n) - 2]
 
-    x = well_conditioned(shape)
+    x = oracles.well_conditioned(shape)
     np.testing.assert_allclose(
         newton_schulz(jnp.asarray(x), table),
         oracles.newton_schulz(x, oracles.MUON_TABLE[:3]),
@@ -269,7 +259,7 @@ def test_a_table_may_be_a_function_of_the_shape(shape):
 @pytest.mark.parametrize("shape", [(5, 12), (2, 2, 7, 4)], ids=str)
 def test_its_derivative_is_that_of_the_published_iteration(shape):
     rng = np.random.default_rng(7)
-    x = well_conditioned(shape, np.float64)
+    x = oracles.well_conditioned(shape, np.float64)
     direction, weight = rng.standard_normal((2, *shape))
     step = 1e-5
     difference = oracles.newton_schulz(x + step * direction) - oracles.newton_schulz(
@@ -299,7 +289,7 @@ def test_the_gradient_is_finite_at_zero_and_at_rank_one():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_nan_or_an_infinity_is_not_hidden(bad):
-    x = well_conditioned((3, 5, 12))
+    x = oracles.well_conditioned((3, 5, 12))
     x[0, 1, 2] = bad
     actual = np.asarray(newton_schulz(jnp.asarray(x), oracles.MUON_TABLE))
     assert np.isnan(actual[0]).any()
@@ -307,7 +297,7 @@ def test_a_nan_or_an_infinity_is_not_hidden(bad):
 
 
 def test_it_can_be_compiled_and_vectorised_over_any_axis():
-    x = well_conditioned((3, 5, 12))
+    x = oracles.well_conditioned((3, 5, 12))
     expected = oracles.newton_schulz(x, oracles.MUON_TABLE)
 
     def function(x):

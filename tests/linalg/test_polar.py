@@ -11,16 +11,6 @@ SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9), (9, 1)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def well_conditioned(shape, dtype=np.float32, *, seed=0):
-    """Matrices with singular values 1 to 1/2."""
-    rng = np.random.default_rng(seed)
-    *batch, m, n = shape
-    spectrum = np.linspace(1.0, 0.5, min(m, n))
-    count = int(np.prod(batch))
-    x = [oracles.matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
-    return np.reshape(x, shape)
-
-
 def tolerance(shape, dtype=np.float32):
     """The polar factor enlarges an error by at most 1 over the smallest singular value, here 2."""
     return tolerances.rounding(dtype, min(shape[-2:]), 2.0)
@@ -29,7 +19,7 @@ def tolerance(shape, dtype=np.float32):
 @by_shape
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 def test_it_is_the_polar_factor(shape, dtype):
-    x = well_conditioned(shape, dtype)
+    x = oracles.well_conditioned(shape, dtype)
     actual = polar_svd(jnp.asarray(x))
     assert actual.shape == shape
     assert actual.dtype == dtype
@@ -39,7 +29,7 @@ def test_it_is_the_polar_factor(shape, dtype):
 @by_shape
 def test_the_other_factor_is_symmetric_and_positive(shape):
     """X = Q H with H = Q^T X symmetric, positive semi-definite: the definition, without an SVD."""
-    x = well_conditioned(shape)
+    x = oracles.well_conditioned(shape)
     q = oracles.float64(polar_svd(jnp.asarray(x)))
     if shape[-2] < shape[-1]:
         q, x = oracles.mT(q), oracles.mT(x)
@@ -52,7 +42,7 @@ def test_the_other_factor_is_symmetric_and_positive(shape):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
 def test_double_precision_is_kept(dtype):
-    x = well_conditioned((12, 5), dtype)
+    x = oracles.well_conditioned((12, 5), dtype)
     with tolerances.double_precision():
         actual = polar_svd(jnp.asarray(x))
         assert actual.dtype == dtype
@@ -65,7 +55,7 @@ def test_double_precision_is_kept(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_half_precision_costs_only_the_rounding_of_the_result(scale, dtype):
-    x = jnp.asarray(well_conditioned((12, 5)) * np.float32(scale)).astype(dtype)
+    x = jnp.asarray(oracles.well_conditioned((12, 5)) * np.float32(scale)).astype(dtype)
     actual = polar_svd(x)
     assert actual.dtype == dtype
     expected = oracles.polar(oracles.float64(x))
@@ -77,7 +67,7 @@ def test_half_precision_costs_only_the_rounding_of_the_result(scale, dtype):
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e18])
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (2, 2, 7, 4)], ids=str)
 def test_the_scale_of_the_input_does_not_matter(shape, scale):
-    x = (well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
+    x = (oracles.well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
     np.testing.assert_allclose(
         polar_svd(jnp.asarray(x)), oracles.polar(x), rtol=0, atol=tolerance(shape)
     )
@@ -107,7 +97,7 @@ def test_zero_singular_values_stay_zero(shape, rank, scale):
 
 
 def test_a_batch_is_its_slices():
-    x = well_conditioned((2, 2, 7, 4))
+    x = oracles.well_conditioned((2, 2, 7, 4))
     x[0, 1] = 0
     whole = polar_svd(jnp.asarray(x))
     for index in np.ndindex(2, 2):
@@ -119,7 +109,7 @@ def test_a_batch_is_its_slices():
 @by_shape
 def test_its_root_mean_square_is_one_over_the_root_of_the_longer_side(shape):
     """Lemma 1 of Moonlight (2502.16982)."""
-    q = oracles.float64(polar_svd(jnp.asarray(well_conditioned(shape))))
+    q = oracles.float64(polar_svd(jnp.asarray(oracles.well_conditioned(shape))))
     rms = np.sqrt((q**2).mean((-2, -1)))
     np.testing.assert_allclose(rms, max(shape[-2:]) ** -0.5, rtol=1e-6)
 
@@ -130,7 +120,7 @@ def test_an_orthogonal_matrix_is_a_fixed_point():
 
 
 def test_it_can_be_compiled_and_vectorised():
-    x = well_conditioned((2, 5, 12))
+    x = oracles.well_conditioned((2, 5, 12))
     expected = oracles.polar(x)
     for function in (jax.jit(polar_svd), jax.vmap(polar_svd)):
         np.testing.assert_allclose(function(x), expected, rtol=0, atol=tolerance(x.shape))
@@ -138,7 +128,7 @@ def test_it_can_be_compiled_and_vectorised():
 
 @by_shape
 def test_newton_schulz_with_an_accurate_table_finds_the_same_factor(shape):
-    x = well_conditioned(shape)
+    x = oracles.well_conditioned(shape)
     table = coefficients.minimax(8, 1e-2)
     actual = newton_schulz(jnp.asarray(x), table)
     np.testing.assert_allclose(actual, oracles.polar(x), rtol=0, atol=1e-5)
