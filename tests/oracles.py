@@ -174,6 +174,90 @@ def composed_quintics(steps, lower, *, cushion=0.0, safety=1.0, tracked=False):
     return tuple(table)
 
 
+# --- Zolotarev's rational functions: Nakatsukasa and Freund, 2016, section 3
+
+
+def zolotarev_points(degree, lower):
+    """c_i = l^2 sn^2 / cn^2 at i K' / (2 degree + 1), modulus sqrt(1 - l^2), for i to 2 degree.
+
+    From the amplitude by arithmetic and geometric means (Abramowitz and Stegun, 16.4); the second
+    half by c_i c_(2 degree + 1 - i) = l^2.
+    """
+    a, b, c, means = 1.0, lower, np.sqrt(1 - lower**2), []
+    for _ in range(10):
+        a, b, c = (a + b) / 2, np.sqrt(a * b), (a - b) / 2
+        means.append((a, c))
+    angle = 2.0 ** len(means) * np.arange(1, degree + 1) * np.pi / (4 * degree + 2)
+    for a, c in reversed(means):
+        angle = (angle + np.arcsin(c / a * np.sin(angle))) / 2
+    first = np.square(lower * np.tan(angle))
+    return np.concatenate([first, lower**2 / first[::-1]])
+
+
+def zolotarev_function(degree, lower):
+    """Best approximation of 1 on [lower, 1] by s prod (s^2 + zero) / (s^2 + pole), and its error.
+
+    The error has opposite signs at the two ends, where it is largest: that fixes the factor.
+    """
+    points = zolotarev_points(degree, lower)
+
+    def unscaled(s):
+        square = np.square(np.asarray(s, np.float64))[..., None]
+        return s * np.prod((square + points[1::2]) / (square + points[0::2]), axis=-1)
+
+    least, most = unscaled(lower), unscaled(1.0)
+    return lambda s: unscaled(s) * 2 / (least + most), (most - least) / (most + least)
+
+
+def zolotarev_map(s, degree, lower, first=None):
+    """What the method makes of singular values relative to the norm; `first`: of two passes."""
+    if first is not None:
+        lift, error = zolotarev_function(1, first)
+        s = lift(s) / (1 + error)
+    return zolotarev_function(degree, lower)[0](s)
+
+
+def zolotarev_gain(degree, lower, smallest):
+    """Bound of the factor by which the method enlarges an error in the Gram matrix.
+
+    Of each fraction M a / (R + t), times the matrix: its derivative is -M a / (R + t)^2. `smallest`
+    is the least singular value.
+    """
+    function, _ = zolotarev_function(degree, lower)
+    points = zolotarev_points(degree, lower)
+    poles, zeros = points[0::2], points[1::2]
+    s = np.geomspace(smallest, 1.0, 2000)
+    factor = function(1.0) * np.prod((1 + poles) / (1 + zeros))
+    gain = (function(s) / s).max()
+    for j, pole in enumerate(poles):
+        residue = factor * np.prod(zeros - pole) / np.prod(np.delete(poles, j) - pole)
+        gain += abs(residue) / (pole + smallest**2) * (s / (pole + s**2)).max()
+    return gain
+
+
+def smallest_lower(degree, rows, eps):
+    """Where the first pole is twice the rounding error sqrt(rows) eps of the Gram matrix."""
+
+    def excess(logarithm):
+        return np.log(zolotarev_points(degree, np.exp(logarithm))[0] / (2 * rows**0.5 * eps))
+
+    least, most = np.log(1e-6), np.log(0.5)
+    if excess(least) >= 0:
+        return 1e-6
+    return np.exp(scipy.optimize.root_scalar(excess, bracket=(least, most)).root)
+
+
+def schatten4(s):
+    """Schatten-4 norm of a matrix of singular values s, and 1 where it is zero."""
+    norm = (np.asarray(s, np.float64) ** 4).sum(-1, keepdims=True) ** 0.25
+    return np.where(norm == 0, 1.0, norm)
+
+
+def zolotarev(x, degree, lower, first=None):
+    """The method, by SVD."""
+    return on_singular_values(x, lambda s: zolotarev_map(s / schatten4(s), degree, lower, first))
+
+
 # --- Shape factors of METHODS 1.3, for a kernel (fan_in, fan_out)
 
 
@@ -250,6 +334,82 @@ def normuon(
     return path
 
 
+def clip_by_quantile(x, quantile):
+    """ROOT (2511.20626), u - soft(u, t) with t the quantile of |u|; the code adds 1e-9 to it."""
+    x = float64(x)
+    threshold = np.quantile(np.abs(x), quantile, axis=(-2, -1), keepdims=True)
+    return np.sign(x) * np.minimum(np.abs(x), threshold)
+
+
+def root(
+    p,
+    gradients,
+    learning_rate,
+    *,
+    momentum=0.95,
+    quantile=0.9,
+    nesterov=True,
+    weight_decay=0.0,
+    table=MUON_TABLE,
+    factor=adam_rms_factor,
+):
+    """huawei-noah/ROOT: summed momentum, clipped, then Muon's direction at Adam's RMS."""
+    p, m, path = float64(p), 0.0, []
+    for g in map(float64, gradients):
+        m = momentum * m + g
+        u = g + momentum * m if nesterov else m
+        o = newton_schulz(clip_by_quantile(u, quantile), table)
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * factor(*p.shape[-2:]) * o
+        path.append(p)
+    return path
+
+
+def log_cosh_rms(z):
+    """Logarithm of sqrt(mean cosh(z)^2) over each matrix, for any finite z."""
+    z = np.abs(z)
+    log_squares = 2 * (np.logaddexp(z, -z) - np.log(2))
+    largest = log_squares.max((-2, -1), keepdims=True)
+    return (largest + np.log(np.exp(log_squares - largest).mean((-2, -1), keepdims=True))) / 2
+
+
+def cosh_direction(u, gamma, mode):
+    """AuON (2509.24320): the paper's, the repository's, and with entries in units of their RMS."""
+    u = float64(u)
+    norm = np.sqrt((np.abs(u) ** 2).sum((-2, -1), keepdims=True))
+    if mode == "rms":
+        unit, units = u / norm, (u.shape[-2] * u.shape[-1]) ** 0.5
+    else:
+        unit, units = u / (norm + 1e-7), 1.0
+    inverse = np.exp(-log_cosh_rms(gamma * units * unit))
+    return (u if mode == "code" else unit) * inverse / (1 + 1e-8 * inverse)  # 1 / (R + 1e-8)
+
+
+def auon(
+    p,
+    gradients,
+    learning_rate,
+    *,
+    momentum=0.95,
+    nesterov=True,
+    gamma=1.0,
+    mode="paper",
+    steps=0,
+    weight_decay=0.0,
+    factor=width_factor,
+):
+    """The paper's AuON, ryyzn9/AuON with mode="code", Hybrid-AuON with steps: EMA, Nesterov."""
+    p, m, path = float64(p), 0.0, []
+    for g in map(float64, gradients):
+        m = momentum * m + (1 - momentum) * g
+        u = (1 - momentum) * g + momentum * m if nesterov else m
+        if steps:
+            u = newton_schulz(u, (MUON_TRIPLE,) * steps)
+        o = cosh_direction(u, gamma, mode)
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * factor(*p.shape[-2:]) * o
+        path.append(p)
+    return path
+
+
 def spread(x, axis):
     """Coefficient of variation of the norms of the vectors along `axis`."""
     norms = np.sqrt((float64(x) ** 2).sum(axis))
@@ -264,3 +424,20 @@ def well_conditioned(shape, dtype=np.float32, *, seed=0):
     count = int(np.prod(batch))
     x = [matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
     return np.reshape(x, shape)
+
+
+def equations(program):
+    """Every operation of a traced program (`jax.make_jaxpr`), those of its parts included."""
+    for equation in program.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(part, "eqns"):
+                    yield from equations(part)
+
+
+def matrix_products(program):
+    """Shapes of the two factors of every matrix product of a traced program."""
+    for equation in equations(program):
+        if equation.primitive.name == "dot_general":
+            yield tuple(variable.aval.shape for variable in equation.invars)

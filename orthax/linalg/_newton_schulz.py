@@ -1,20 +1,27 @@
 """Newton-Schulz iterations: the polar factor of a matrix by matrix products alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from orthax.linalg._norms import normalize
+from orthax.linalg._norms import frobenius_norm, normalize
+from orthax.linalg._symmetric import gram, symmetric_product
 from orthax.linalg._validate import check_matrices
-from orthax.linalg.coefficients import POLAR_EXPRESS, Row, check_table
+from orthax.linalg.coefficients import POLAR_EXPRESS, Row, Table, check_table
+
+Coefficients: TypeAlias = Sequence[Row] | Callable[[int, int], Sequence[Row]]
+
+_PRESCALES = ("frobenius", "schatten", "aol")
 
 
 def newton_schulz(
     x: jax.Array,
-    coefficients: Sequence[Row] | Callable[[int, int], Sequence[Row]] = POLAR_EXPRESS,
+    coefficients: Coefficients = POLAR_EXPRESS,
     *,
+    prescale: Literal["frobenius", "schatten", "aol"] = "frobenius",
     dtype: Any = None,
     precision: Any = None,
     eps: float = 0.0,
@@ -28,7 +35,15 @@ def newton_schulz(
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       coefficients: One (a, b, c) per step; its length is the number of steps. Or a callable
-        `(m, n) -> table` of the shorter and the longer side, evaluated while tracing.
+        `(m, n) -> table` of the shorter and the longer side, evaluated while tracing, such as
+        `coefficients.for_shape`.
+      prescale: What bounds the singular values by 1 before the first step. "frobenius" divides by
+        the Frobenius norm. "schatten" divides by the Schatten-4 norm, which is smaller: it leaves
+        singular values larger by up to the fourth root of their number. "aol" scales each row of
+        the shorter side by :math:`(\sum_j |A_{ij}|)^{-1/2}`: singular values come out larger still
+        (5 to 50 times for the smallest), but those of another matrix, whose polar factor is 0.006
+        away for Gaussian rows of equal scale and 0.2 for rows of very different ones. Both read the
+        Gram matrix that the first step needs anyway and cost no product.
       dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input on CPU, where
         16-bit products are no faster. bfloat16 halves the cost on accelerators and leaves singular
         values about 1e-2 off.
@@ -58,26 +73,48 @@ def newton_schulz(
       Polar Express, 2025, <https://arxiv.org/abs/2505.16932>.
     """
     check_matrices("newton_schulz", x)
-    m, n = x.shape[-2:]
-    short, long = sorted((m, n))
-    table = check_table(
-        "newton_schulz", coefficients(short, long) if callable(coefficients) else coefficients
-    )
+    if prescale not in _PRESCALES:
+        raise ValueError(f"newton_schulz: prescale must be one of {_PRESCALES}, got {prescale!r}.")
+    table = table_of("newton_schulz", x, coefficients)
     if x.size == 0:
         return x
-
-    y = normalize(x.mT if m > n else x, eps).astype(_compute_dtype(x.dtype, dtype))
+    tall = x.shape[-2] > x.shape[-1]
+    y = normalize(x.mT if tall else x, eps).astype(compute_dtype(x.dtype, dtype))
+    first: jax.Array | None = None
+    if prescale != "frobenius":
+        y, first = _rescaled(y, gram(y, precision), prescale)
     for a, b, c in table:
-        gram = jnp.matmul(y, y.mT.conj(), precision=precision)
-        polynomial = b * gram + c * jnp.matmul(gram, gram, precision=precision)
+        r = gram(y, precision) if first is None else first
+        polynomial = b * r + c * symmetric_product(r, r, precision)
         y = a * y + jnp.matmul(polynomial, y, precision=precision)
-    return (y.mT if m > n else y).astype(x.dtype)
+        first = None
+    return (y.mT if tall else y).astype(x.dtype)
 
 
-def _compute_dtype(x_dtype: Any, requested: Any) -> Any:
+def table_of(call: str, x: jax.Array, coefficients: Coefficients) -> Table:
+    """The step table for the shape of `x`, checked."""
+    if callable(coefficients):
+        coefficients = coefficients(*sorted(x.shape[-2:]))
+    return check_table(call, coefficients)
+
+
+def compute_dtype(x_dtype: Any, requested: Any) -> Any:
+    """Dtype of the iteration, as the argument `dtype` says."""
     if requested is None:
         on_cpu = jax.default_backend() == "cpu"
         return jnp.promote_types(x_dtype, jnp.float32) if on_cpu else x_dtype
     if jnp.issubdtype(x_dtype, jnp.complexfloating):
         return jnp.promote_types(requested, jnp.complex64)
     return requested
+
+
+def _rescaled(y: jax.Array, r: jax.Array, prescale: str) -> tuple[jax.Array, jax.Array]:
+    """Matrices and their Gram matrices, rescaled as the latter say; norms in float32."""
+    wide = jnp.promote_types(r.dtype, jnp.float32)
+    if prescale == "schatten":
+        square = frobenius_norm(r)
+        root = jnp.sqrt(jnp.where(square == 0, 1, square))
+        return (y / root).astype(y.dtype), (r / jnp.square(root)).astype(r.dtype)
+    sums = jnp.sum(jnp.abs(r.astype(wide)), axis=-1, keepdims=True)
+    scale = lax.rsqrt(jnp.where(sums == 0, 1, sums))
+    return (scale * y).astype(y.dtype), (scale * r * scale.mT).astype(r.dtype)

@@ -2,13 +2,16 @@ r"""Newton-Schulz step tables: one odd quintic a s + b s^3 + c s^5 per row.
 
 A table maps singular values of a matrix of unit Frobenius norm towards 1; its length is the number
 of steps. Tables are plain tuples of floats. What they do to a singular value is `scalar_map`; how
-to make one for any range is `minimax`.
+to make one for any range is `minimax`, and for random matrices of a given shape `for_shape`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from orthax.linalg._shape_tables import for_shape as for_shape
 
 Row: TypeAlias = tuple[float, float, float]
 Table: TypeAlias = tuple[Row, ...]
@@ -59,6 +62,21 @@ CANS: Table = (
 
 Maps [1e-3, 1] into [0.884, 1.120]; slope 1049. No safety factor.
 Source: Grishina et al., 2025, <https://arxiv.org/abs/2506.10935>.
+"""
+
+ROOT: Mapping[tuple[int, int], Table] = MappingProxyType(
+    {
+        (2048, 2048): ((3.4916, -4.8224, 2.1095),) * 5,
+        (2048, 3072): ((3.4509, -4.5790, 1.9325),) * 5,
+        (2048, 8192): ((2.9794, -3.6674, 1.6207),) * 5,
+        (2048, 16384): ((3.1943, -3.8221, 1.5322),) * 5,
+    }
+)
+"""ROOT's triples by (shorter, longer) side, five times each; its code has `MUON`'s for the rest.
+
+Beware: the one of (2048, 2048) takes singular values in [0, 1] up to 3.31. Slopes at zero are 519,
+489, 235 and 333. No safety factor. Tables for any shape are `for_shape`'s.
+Source: He et al., 2025, <https://arxiv.org/abs/2511.20626>; triples from the code.
 """
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import optax
 
-from orthax.linalg import newton_schulz
+from orthax.linalg import polar
 from orthax.linalg._stacking import apply_per_leaf, apply_stacked
 from orthax.transforms._trees import check_matrix_leaves
 
 
 def orthogonalize(
-    method: Callable[..., jax.Array] = newton_schulz, *, stack: bool = True, **options: Any
+    method: Callable[..., jax.Array] = polar, *, stack: bool = True, **options: Any
 ) -> optax.GradientTransformation:
     r"""Replaces every matrix by its (approximate) orthogonal polar factor.
 
@@ -23,7 +23,9 @@ def orthogonalize(
 
     Args:
       method: Function of matrices (..., m, n) to matrices of the same shape and dtype. With `stack`
-        it must commute with transposition, as every polar factor does.
+        it must commute with transposition, as every polar factor does. The default chooses by
+        shape, dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the polar factor,
+        and slower.
       stack: Whether matrices of one dtype and shape, up to transposition, are stacked so that
         `method` is called once per shape. Makes programs smaller and faster to compile. Leaves on
         Auto mesh axes are not stacked, since only the compiler knows how each is sharded; leaves on

@@ -14,6 +14,8 @@ TABLES = {
 SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9)]
 by_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_prescale = pytest.mark.parametrize("prescale", ["schatten", "aol"])
+IDENTITY = ((1.0, 0.0, 0.0),)
 
 
 def tolerance(shape, table, dtype=np.float32, lowest=0.5):
@@ -312,6 +314,148 @@ def test_it_can_be_compiled_and_vectorised_over_any_axis():
         rtol=0,
         atol=atol,
     )
+
+
+# --- what bounds the singular values before the first step
+
+
+def row_scaled(x):
+    """Turbo-Muon (2512.04632): rows of the shorter side over the root of sum_j |(X X^H)_ij|."""
+    if x.shape[-2] > x.shape[-1]:
+        return oracles.mT(row_scaled(oracles.mT(x)))
+    sums = np.abs(x @ oracles.mT(x).conj()).sum(-1, keepdims=True)
+    return x / np.where(sums == 0, 1.0, sums) ** 0.5
+
+
+def prescaled_newton_schulz(x, table, prescale):
+    """By SVD."""
+    x = row_scaled(oracles.float64(x)) if prescale == "aol" else oracles.float64(x)
+    return oracles.on_singular_values(
+        x,
+        lambda s: oracles.scalar_map(
+            table, s / oracles.schatten4(s) if prescale == "schatten" else s
+        ),
+    )
+
+
+@by_prescale
+@by_shape
+def test_a_prescaled_matrix_is_iterated_without_another_norm(shape, prescale):
+    x = oracles.well_conditioned(shape)
+    table = oracles.MUON_TABLE
+    actual = newton_schulz(jnp.asarray(x), table, prescale=prescale)
+    assert actual.dtype == x.dtype
+    expected = prescaled_newton_schulz(x, table, prescale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance(shape, table))
+
+
+@by_prescale
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_it_is_so_in_double_precision_to_1e_11(shape, dtype, prescale):
+    rng = np.random.default_rng(0)
+    x = oracles.matrix_with_spectrum(rng, *shape, np.geomspace(1.0, 1e-4, min(shape)), dtype)
+    x = x * np.geomspace(1.0, 1e-3, shape[0])[:, None]
+    table = oracles.MUON_TABLE
+    with tolerances.double_precision():
+        actual = np.asarray(newton_schulz(jnp.asarray(x), table, prescale=prescale))
+    expected = prescaled_newton_schulz(x, table, prescale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-11)
+
+
+@by_prescale
+def test_before_the_first_step_singular_values_are_at_most_one_and_larger_than_by_frobenius(
+    prescale,
+):
+    x = oracles.well_conditioned((6, 30)) * np.geomspace(1, 1e-3, 6, dtype=np.float32)[:, None]
+    s = {
+        name: np.linalg.svd(newton_schulz(jnp.asarray(x), IDENTITY, prescale=name))[1]
+        for name in ("frobenius", prescale)
+    }
+    assert s[prescale].max() <= 1 + 1e-6
+    assert (s[prescale] > s["frobenius"]).all()
+
+
+@by_prescale
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_prescale_costs_no_product(steps, prescale):
+    def products(prescale):
+        program = jax.make_jaxpr(
+            lambda x: newton_schulz(x, oracles.MUON_TABLE[:steps], prescale=prescale)
+        )
+        return sorted(oracles.matrix_products(program(jnp.ones((5, 12)))))
+
+    assert products(prescale) == products("frobenius")
+    assert len(products(prescale)) == 3 * steps
+
+
+@by_prescale
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_the_scale_of_the_input_does_not_matter_to_a_prescale(scale, prescale):
+    x = (oracles.well_conditioned((3, 5, 12)).astype(np.float64) * scale).astype(np.float32)
+    table = oracles.MUON_TABLE
+    np.testing.assert_allclose(
+        newton_schulz(jnp.asarray(x), table, prescale=prescale),
+        prescaled_newton_schulz(oracles.float64(x) / scale, table, prescale),
+        rtol=0,
+        atol=tolerance(x.shape, table),
+    )
+
+
+@by_prescale
+def test_zero_rows_and_zero_matrices_are_prescaled_to_zero(prescale):
+    x = oracles.well_conditioned((3, 5, 12))
+    x[0, [1, 3]] = 0
+    x[1] = 0
+    table = oracles.MUON_TABLE
+    actual = np.asarray(newton_schulz(jnp.asarray(x), table, prescale=prescale))
+    assert not actual[0, [1, 3]].any()
+    assert not actual[1].any()
+    expected = prescaled_newton_schulz(x, table, prescale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance(x.shape, table, lowest=0.1))
+
+
+@by_prescale
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_nan_or_an_infinity_is_not_hidden_by_a_prescale(bad, prescale):
+    x = oracles.well_conditioned((3, 5, 12))
+    x[0, 1, 2] = bad
+    actual = np.asarray(newton_schulz(jnp.asarray(x), oracles.MUON_TABLE, prescale=prescale))
+    assert np.isnan(actual[0]).any()
+    assert np.isfinite(actual[1:]).all()
+
+
+@by_prescale
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_prescale_in_half_precision_costs_its_rounding(dtype, prescale):
+    x, table = oracles.well_conditioned((5, 12)), oracles.MUON_TABLE
+    actual = newton_schulz(jnp.asarray(x), table, prescale=prescale, dtype=dtype)
+    np.testing.assert_allclose(
+        actual,
+        prescaled_newton_schulz(x, table, prescale),
+        rtol=0,
+        atol=tolerance(x.shape, table, dtype),
+    )
+
+
+@by_prescale
+def test_the_gradient_of_a_prescaled_iteration_is_finite_at_zero_and_at_rank_one(prescale):
+    def loss(x):
+        return newton_schulz(x, prescale=prescale)[..., 0, 0].sum()
+
+    x = np.zeros((3, 5, 12), np.float32)
+    x[1] = 1.0
+    x[2, 0, 0] = 1.0
+    assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
+
+
+@pytest.mark.parametrize("prescale", ["spectral", "AOL", None, 2])
+def test_an_unknown_prescale_is_refused_with_the_known_ones(prescale):
+    with pytest.raises(ValueError, match="newton_schulz: prescale") as caught:
+        newton_schulz(jnp.ones((2, 2)), prescale=prescale)
+    for name in ("frobenius", "schatten", "aol"):
+        assert name in str(caught.value)
+    assert str(caught.value).endswith(f"got {prescale!r}.")
 
 
 @pytest.mark.parametrize("shape", [(), (5,)], ids=str)

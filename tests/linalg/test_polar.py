@@ -1,3 +1,6 @@
+import functools
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,14 @@ import oracles
 import pytest
 import tolerances
 
-from orthax.linalg import coefficients, newton_schulz, polar_svd
+from orthax.linalg import (
+    coefficients,
+    gram_newton_schulz,
+    newton_schulz,
+    polar,
+    polar_svd,
+    zolotarev,
+)
 
 SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9), (9, 1)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -143,3 +153,235 @@ def test_fewer_than_two_axes_are_refused(shape):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="int32"):
         polar_svd(jnp.ones((2, 2), jnp.int32))
+
+
+# --- the rule that chooses a method
+
+METHODS = {
+    ("cpu", "fast"): zolotarev,
+    ("cpu", "exact"): functools.partial(zolotarev, degree=3, passes=2),
+    ("gpu", "exact"): functools.partial(
+        newton_schulz,
+        coefficients=coefficients.minimax(10, 1e-5),
+        prescale="schatten",
+        dtype=jnp.float32,
+        precision="highest",
+    ),
+}
+MIXED = [
+    ((6, 12), jnp.bfloat16),
+    ((12, 6), jnp.complex64),
+    ((2, 2, 7, 4), jnp.float32),
+]
+by_accuracy = pytest.mark.parametrize("accuracy", ["fast", "exact"])
+by_backend = pytest.mark.parametrize("backend", ["cpu", "gpu"])
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="another backend chooses")
+
+
+@functools.cache
+def compiled(backend, accuracy):
+    """`polar` as it is on a backend; compiled first where it has been patched in."""
+    del backend
+    return jax.jit(functools.partial(polar, accuracy=accuracy))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Lets `polar` choose as it would on another backend."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def on(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    return functools.partial(compiled, backend)
+
+
+def matrices(shape, dtype):
+    base = np.complex64 if dtype == jnp.complex64 else np.float32
+    return jnp.asarray(oracles.well_conditioned(shape, base)).astype(dtype)
+
+
+def name_of(value):
+    return getattr(value, "__name__", str(value))
+
+
+def assert_same(actual, expected):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(oracles.float64(actual), oracles.float64(expected))
+
+
+@on_cpu
+@by_accuracy
+@pytest.mark.parametrize(("shape", "dtype"), MIXED, ids=name_of)
+def test_on_a_cpu_it_is_the_rational_form(shape, dtype, accuracy):
+    x = matrices(shape, dtype)
+    assert_same(polar(x, accuracy), METHODS["cpu", accuracy](x))
+    if accuracy == "fast":
+        assert_same(polar(x), polar(x, accuracy))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "method"),
+    [
+        ((6, 11), jnp.float32, newton_schulz),
+        ((6, 12), jnp.float32, gram_newton_schulz),
+        ((12, 6), jnp.float32, gram_newton_schulz),
+        ((2, 3, 12), jnp.complex64, gram_newton_schulz),
+        ((3, 12), jnp.bfloat16, newton_schulz),
+    ],
+    ids=name_of,
+)
+def test_on_other_backends_it_is_a_polynomial(shape, dtype, method, elsewhere):
+    x = matrices(shape, dtype)
+    assert_same(polar(x), method(x))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), MIXED, ids=name_of)
+def test_where_it_shall_be_exact_the_polynomial_is_a_longer_one(shape, dtype, elsewhere):
+    x = matrices(shape, dtype)
+    assert_same(polar(x, "exact"), METHODS["gpu", "exact"](x))
+
+
+@by_accuracy
+@pytest.mark.parametrize("shape", [(8, 8), (3, 5, 12)], ids=str)
+def test_on_other_backends_it_consists_of_products(shape, accuracy, elsewhere):
+    program = jax.make_jaxpr(functools.partial(polar, accuracy=accuracy))(jnp.ones(shape))
+    names = {equation.primitive.name for equation in oracles.equations(program)}
+    assert "dot_general" in names
+    assert not names & {"cholesky", "triangular_solve", "svd", "eigh", "qr", "scan", "while"}
+
+
+@by_accuracy
+@by_backend
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (3, 1, 5), (2, 2, 7, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_vectors_are_divided_by_their_norm(shape, scale, accuracy, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = (np.random.default_rng(0).standard_normal(shape) * scale).astype(np.float32)
+    wide = oracles.float64(x)
+    expected = wide / np.sqrt((wide**2).sum((-2, -1), keepdims=True))
+    np.testing.assert_allclose(polar(jnp.asarray(x), accuracy), expected, rtol=1e-6)
+
+
+@by_accuracy
+def test_a_zero_vector_stays_zero_and_16_bits_stay_16_bits(accuracy):
+    x = jnp.asarray([[[3.0, 4.0]], [[0.0, 0.0]]], jnp.bfloat16)
+    actual = polar(x, accuracy)
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        oracles.float64(actual), [[[0.6, 0.8]], [[0, 0]]], rtol=tolerances.eps(jnp.bfloat16)
+    )
+
+
+@functools.cache
+def singular_vectors(rows):
+    rng = np.random.default_rng(rows)
+    return oracles.orthogonal(rng, rows), oracles.orthogonal(rng, rows)
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 256), ("cpu", 768), ("gpu", 256)])
+@pytest.mark.parametrize(
+    ("accuracy", "smallest", "least", "most"),
+    [("fast", 1.1e-3, 0.80, 1.20), ("exact", 1e-5, 0.94, 1.06)],
+)
+def test_singular_values_come_near_one_from_the_smallest_promised(
+    rows, accuracy, smallest, least, most, backend, monkeypatch
+):
+    """Half of them are the smallest, the others on all scales from there to the largest."""
+    left, right = singular_vectors(rows)
+    spectrum = smallest ** np.concatenate([np.ones(rows // 2), np.linspace(1, 0, rows - rows // 2)])
+    spectrum = np.maximum(spectrum, smallest * np.linalg.norm(spectrum))
+    y = on(backend, monkeypatch)(accuracy)(((left * spectrum) @ right).astype(np.float32))
+    y = oracles.float64(y)
+    s = np.sqrt(np.linalg.eigvalsh(y @ y.T))
+    printed = 5e-3  # two digits
+    assert least - printed < s.min()
+    assert s.max() < most + printed
+
+
+# --- on singular values of momentum in real training (benchmarks/data)
+
+SPECTRA = np.load(pathlib.Path(__file__).parents[2] / "benchmarks" / "data" / "real_spectra.npz")
+# Of each group that with the fewest tiny values, and one with the most.
+REAL = [
+    f"mom{width}|{step}|['blocks'][{block}]['{name}']['kernel'].value"
+    for width, steps, matrices in (
+        (256, ("step20", "step21", "step200"), ((0, "down"), (5, "o"))),
+        (768, ("step10", "step11", "step60"), ((0, "q"),)),
+    )
+    for step in steps
+    for block, name in matrices
+]
+
+
+def test_every_group_of_real_spectra_is_tried():
+    groups = {tuple(name.split("|")[:2]) for name in SPECTRA}
+    assert {tuple(name.split("|")[:2]) for name in REAL} == groups
+
+
+@functools.cache
+def real_matrix(name):
+    """A matrix of these singular values and random vectors, its own singular values and factor."""
+    spectrum = SPECTRA[name]
+    left, right = singular_vectors(len(spectrum))
+    x = ((left * spectrum) @ right).astype(np.float32)
+    u, s, vh = np.linalg.svd(oracles.float64(x))
+    return x, s, u @ vh
+
+
+def distance(actual, expected):
+    """Relative, in the Frobenius norm."""
+    return np.linalg.norm(oracles.float64(actual) - expected) / np.linalg.norm(expected)
+
+
+@by_backend
+@pytest.mark.parametrize("name", REAL)
+def test_fast_is_no_farther_from_the_factor_than_five_steps_of_muon_and_exact_at_most_a_fifth(
+    name, backend, monkeypatch
+):
+    x, s, factor = real_matrix(name)
+    choose = on(backend, monkeypatch)
+    steps = oracles.scalar_map(oracles.MUON_TABLE, s / np.linalg.norm(s))
+    muon = np.sqrt(np.mean((steps - 1) ** 2))
+    assert distance(choose("fast")(x), factor) <= muon
+    assert distance(choose("exact")(x), factor) <= 0.2
+
+
+# --- edges of both accuracies
+
+
+@by_accuracy
+@by_backend
+def test_zero_stays_zero_and_a_nan_is_not_hidden(accuracy, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = oracles.well_conditioned((3, 5, 12))
+    x[1] = 0
+    x[2, 1, 1] = np.nan
+    actual = np.asarray(polar(jnp.asarray(x), accuracy))
+    s = np.linalg.svd(actual[0], compute_uv=False)
+    assert 0.7 < s.min() <= s.max() < 1.3
+    assert not actual[1].any()
+    assert np.isnan(actual[2]).any()
+
+
+@by_accuracy
+@by_backend
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 4, 4), (3, 0, 4)], ids=str)
+def test_an_empty_matrix_comes_back_empty(shape, accuracy, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert polar(jnp.zeros(shape), accuracy).shape == shape
+
+
+@pytest.mark.parametrize("accuracy", ["best", "Fast", None, True, 2])
+def test_an_unknown_accuracy_is_refused_with_the_known_ones(accuracy):
+    for x in (jnp.ones((2, 3)), jnp.ones((1, 3))):
+        with pytest.raises(ValueError, match='polar: accuracy must be "fast" or "exact"') as caught:
+            polar(x, accuracy)
+        assert str(caught.value).endswith(f"got {accuracy!r}.")
+
+
+def test_polar_refuses_vectors_and_integers():
+    with pytest.raises(ValueError, match=r"polar: x has shape \(5,\)"):
+        polar(jnp.ones(5))
+    with pytest.raises(TypeError, match="polar: x has dtype int32"):
+        polar(jnp.ones((2, 2), jnp.int32))
