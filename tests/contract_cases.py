@@ -1,5 +1,6 @@
 """The table of the contract tests: every transform and optimizer, one row each, and their trees."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
-from orthax.linalg import coefficients, newton_schulz, polar_svd
+from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz, polar_svd, zolotarev
 
 
 class Case(NamedTuple):
@@ -53,6 +54,9 @@ def orthogonalize(method=newton_schulz, stack=True):
     return orthax.orthogonalize(method, stack=stack)
 
 
+two_passes = functools.partial(zolotarev, passes=2)
+
+
 def is_matrix(tree: Any) -> Any:
     """A mask of the leaves with two axes or more."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
@@ -81,11 +85,25 @@ options = {
     # Two steps instead of five compile in half the time.
     "orthogonalizer": orthax.orthogonalize(newton_schulz, coefficients=coefficients.MUON[:2]),
 }
+# Its orthogonalizer is a number of steps, or nothing.
+options_of_auon = {name: value for name, value in options.items() if name != "orthogonalizer"}
+repository = {"mode": "code", "gamma": 1.5, "shape_scale": optax.identity()}
 
 CASES = (
     Case("orthogonalize", orthogonalize, {}),
     Case("orthogonalize(polar_svd)", orthogonalize, {"method": polar_svd}),
+    Case("orthogonalize(gram_newton_schulz)", orthogonalize, {"method": gram_newton_schulz}),
+    Case("orthogonalize(zolotarev)", orthogonalize, {"method": two_passes}),
     Case("orthogonalize(stack=False)", orthogonalize, {"stack": False}),
+    Case("clip_by_quantile", orthax.clip_by_quantile, {}, numbers=("quantile",)),
+    Case("scale_by_cosh_rms", orthax.scale_by_cosh_rms, {}, numbers=("gamma",)),
+    Case(
+        "scale_by_cosh_rms(code)",
+        orthax.scale_by_cosh_rms,
+        {"gamma": 1.5, "mode": "code"},
+        numbers=("gamma",),
+    ),
+    Case("scale_by_cosh_rms(rms)", orthax.scale_by_cosh_rms, {"mode": "rms"}, numbers=("gamma",)),
     Case("normalize_neurons", orthax.normalize_neurons, {}, numbers=("decay", "eps")),
     Case(
         "normalize_neurons(long)",
@@ -112,6 +130,13 @@ CASES = (
     optimizer("muon(options)", orthax.muon, **options),
     optimizer("normuon", orthax.normuon, "decay"),
     optimizer("normuon(options)", orthax.normuon, "decay", **options),
+    optimizer("root", orthax.root, "quantile"),
+    optimizer("root(options)", orthax.root, "quantile", **options),
+    optimizer("auon", orthax.auon, "gamma"),
+    optimizer("auon(code)", orthax.auon, "gamma", **repository),
+    optimizer("auon(rms, options)", orthax.auon, "gamma", mode="rms", **options_of_auon),
+    optimizer("hybrid_auon", orthax.hybrid_auon, "gamma", steps=1),
+    optimizer("hybrid_auon(options)", orthax.hybrid_auon, "gamma", steps=2, **options_of_auon),
 )
 
 # All of one shape, up to transposition: it compiles faster than many.

@@ -3,6 +3,8 @@
 Errors about axes and trees of dimension numbers are in test_matrices.py.
 """
 
+import functools
+import inspect
 import re
 
 import jax
@@ -12,11 +14,19 @@ import optax
 import pytest
 
 import orthax
-from orthax.linalg import newton_schulz, polar_svd
+from orthax.linalg import gram_newton_schulz, newton_schulz, polar, polar_svd, zolotarev
 
-OPTIMIZERS = {"muon": orthax.muon, "normuon": orthax.normuon}
+OPTIMIZERS = {
+    "muon": orthax.muon,
+    "normuon": orthax.normuon,
+    "root": orthax.root,
+    "auon": orthax.auon,
+    "hybrid_auon": orthax.hybrid_auon,
+}
 TRANSFORMS = {
     "orthogonalize": orthax.orthogonalize(),
+    "clip_by_quantile": orthax.clip_by_quantile(),
+    "scale_by_cosh_rms": orthax.scale_by_cosh_rms(),
     "normalize_neurons": orthax.normalize_neurons(),
     "scale_by_width": orthax.scale_by_width(),
     "scale_by_unit_rms": orthax.scale_by_unit_rms(),
@@ -44,8 +54,11 @@ def test_an_unknown_option_of_a_method_is_named_with_the_known_ones():
 
 
 def test_an_option_for_a_method_without_any_says_so():
-    with pytest.raises(TypeError, match=says("orthogonalize", "polar_svd", "'eps'", "none")):
-        orthax.orthogonalize(polar_svd, eps=1e-7)
+    def identity(x):
+        return x
+
+    with pytest.raises(TypeError, match=says("orthogonalize", "identity", "'eps'", "none")):
+        orthax.orthogonalize(identity, eps=1e-7)
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", None, 5])
@@ -78,13 +91,16 @@ def test_a_bad_table_is_refused_by_the_transform_too():
         transform.update({"w": jnp.ones((3, 4))}, optax.EmptyState())
 
 
-@pytest.mark.parametrize("function", [newton_schulz, polar_svd])
+MATRIX_FUNCTIONS = [newton_schulz, gram_newton_schulz, zolotarev, polar, polar_svd]
+
+
+@pytest.mark.parametrize("function", MATRIX_FUNCTIONS)
 def test_a_function_of_matrices_refuses_a_vector(function):
     with pytest.raises(ValueError, match=says(function.__name__, "(3,)", "two axes")):
         function(jnp.ones(3))
 
 
-@pytest.mark.parametrize("function", [newton_schulz, polar_svd])
+@pytest.mark.parametrize("function", MATRIX_FUNCTIONS)
 def test_a_function_of_matrices_refuses_integers(function):
     with pytest.raises(TypeError, match=says(function.__name__, "int32", "floating")):
         function(jnp.ones((3, 4), jnp.int32))
@@ -148,6 +164,53 @@ def test_a_negative_eps_is_refused(eps):
         orthax.normalize_neurons(eps=eps)
 
 
+@pytest.mark.parametrize("quantile", [-0.1, 1.1, 90, float("nan")])
+@pytest.mark.parametrize(
+    "factory",
+    [orthax.clip_by_quantile, functools.partial(orthax.root, 0.1)],
+    ids=["clip_by_quantile", "root"],
+)
+def test_a_quantile_outside_its_range_is_refused(factory, quantile):
+    accepted = ("clip_by_quantile", "quantile", "[0, 1]", repr(quantile))
+    with pytest.raises(ValueError, match=says(*accepted)):
+        factory(quantile=quantile)
+
+
+COSH = {
+    "scale_by_cosh_rms": orthax.scale_by_cosh_rms,
+    "auon": functools.partial(orthax.auon, 0.1),
+    "hybrid_auon": functools.partial(orthax.hybrid_auon, 0.1),
+}
+
+
+@pytest.mark.parametrize("gamma", [-1, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("factory", COSH.values(), ids=COSH)
+def test_a_gamma_outside_its_range_is_refused(factory, gamma):
+    accepted = ("scale_by_cosh_rms", "gamma", "at least 0", repr(gamma))
+    with pytest.raises(ValueError, match=says(*accepted)):
+        factory(gamma=gamma)
+
+
+@pytest.mark.parametrize("mode", ["Paper", 1, None])
+@pytest.mark.parametrize("factory", [COSH[name] for name in COSH if name != "hybrid_auon"])
+def test_an_unknown_mode_is_refused_with_the_known_ones(factory, mode):
+    accepted = ("scale_by_cosh_rms", "mode", "paper", "code", "rms", repr(mode))
+    with pytest.raises(ValueError, match=says(*accepted)):
+        factory(mode=mode)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_number_of_steps_below_one_is_refused(steps):
+    with pytest.raises(ValueError, match=says("hybrid_auon", "steps", "at least 1", repr(steps))):
+        orthax.hybrid_auon(0.1, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [1.0, "1", None, True, jnp.int32(1)])
+def test_steps_that_are_no_integer_are_refused(steps):
+    with pytest.raises(TypeError, match=says("hybrid_auon", "steps", "integer", repr(steps))):
+        orthax.hybrid_auon(0.1, steps=steps)
+
+
 @pytest.mark.parametrize("momentum", [1, 1.0, 1.5, -0.1, float("nan")])
 @every_optimizer
 def test_a_momentum_outside_its_range_is_refused(name, momentum):
@@ -195,6 +258,8 @@ def test_an_unknown_direction_is_refused_with_the_known_ones(direction):
 )
 @every_optimizer
 def test_a_part_that_is_no_transformation_is_refused(name, argument, value):
+    if argument not in inspect.signature(OPTIMIZERS[name]).parameters:
+        return  # AuON has no orthogonalizer
     accepted = (name, argument, "optax transformation", repr(value))
     with pytest.raises(TypeError, match=says(*accepted)):
         OPTIMIZERS[name](0.1, **{argument: value})

@@ -1,5 +1,7 @@
 """Transformations of matrices, one idea per file."""
 
+from orthax.transforms.clip import clip_by_quantile as clip_by_quantile
+from orthax.transforms.cosh import scale_by_cosh_rms as scale_by_cosh_rms
 from orthax.transforms.normalize import NormalizeNeuronsState as NormalizeNeuronsState
 from orthax.transforms.normalize import normalize_neurons as normalize_neurons
 from orthax.transforms.orthogonalize import orthogonalize as orthogonalize

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
-from orthax.linalg import coefficients, newton_schulz, polar_svd
+from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz, polar_svd, zolotarev
 
 # Two steps instead of five compile in half the time.
 QUICK = {"coefficients": coefficients.MUON[:2]}
@@ -26,11 +26,20 @@ OPTIONS = {
 OPTIMIZERS = {
     "muon": orthax.muon(0.1, weight_decay=0.1, **OPTIONS),
     "normuon": orthax.normuon(0.1, **OPTIONS),
+    "root": orthax.root(0.1, **OPTIONS),
+    "auon": orthax.auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
+    "hybrid_auon": orthax.hybrid_auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
 }
 TRANSFORMS = {
     "orthogonalize": orthax.orthogonalize(newton_schulz, **QUICK),
     "orthogonalize(stack=False)": orthax.orthogonalize(newton_schulz, stack=False, **QUICK),
+    "orthogonalize(gram_newton_schulz)": orthax.orthogonalize(gram_newton_schulz, **QUICK),
+    "orthogonalize(zolotarev)": orthax.orthogonalize(zolotarev),
     "orthogonalize(polar_svd)": orthax.orthogonalize(polar_svd),
+    "clip_by_quantile": orthax.clip_by_quantile(),
+    "scale_by_cosh_rms": orthax.scale_by_cosh_rms(),
+    "scale_by_cosh_rms(code)": orthax.scale_by_cosh_rms(mode="code"),
+    "scale_by_cosh_rms(rms)": orthax.scale_by_cosh_rms(mode="rms"),
     "normalize_neurons": orthax.normalize_neurons(),
     "normalize_neurons(long)": orthax.normalize_neurons(axis="long"),
     "scale_by_width": orthax.scale_by_width(),
@@ -39,7 +48,7 @@ TRANSFORMS = {
     "scale_to_rms": orthax.scale_to_rms(),
 }
 # What a compiler does to a decomposition on Auto axes: it gathers the matrix and leaves it there.
-GATHERED_ON_AUTO = {"orthogonalize(polar_svd)"}
+GATHERED_ON_AUTO = {"orthogonalize(polar_svd)", "orthogonalize(zolotarev)"}
 
 # Shape and sharding of each leaf, on a mesh of x (4 devices) and y (2 devices).
 MATRICES = {
@@ -157,6 +166,19 @@ def test_what_is_gathered_on_auto_axes_obeys_the_out_shardings_of_jit(name, mesh
     updates, _ = update(g, TRANSFORMS[name].init(params))
     assert_close(updates, expected)
     assert_sharded_alike(updates, params)
+
+
+def test_the_default_orthogonalizer_consists_of_products_on_a_mesh(mesh):
+    transformation, g = orthax.orthogonalize(), normal_tree(MATRICES, 1)
+    update, state = jax.jit(transformation.update), transformation.init(g)
+    sharded = put(mesh, MATRICES, g)
+    assert "lapack" in str(update.lower(g, state).compile().as_text())
+    assert "lapack" not in str(update.lower(sharded, state).compile().as_text())
+    updates, _ = update(sharded, state)
+    assert_sharded_alike(updates, sharded)
+    products = orthax.orthogonalize(gram_newton_schulz)
+    expected, _ = jax.jit(products.update)(g, state)
+    assert_close(updates, expected)
 
 
 def test_without_jit_updates_are_the_same(mesh):

@@ -7,7 +7,7 @@ import pytest
 import tolerances
 
 import orthax
-from orthax.linalg import newton_schulz, polar_svd
+from orthax.linalg import newton_schulz, polar, polar_svd
 
 TABLE = oracles.MUON_TABLE
 
@@ -148,6 +148,18 @@ def test_the_default_brings_singular_values_near_one():
         s = np.linalg.svd(oracles.float64(x), compute_uv=False)
         assert s.min() > 0.4
         assert s.max() < 1.3
+
+
+@pytest.mark.parametrize("options", [{}, {"accuracy": "exact"}], ids=str)
+def test_the_default_method_is_polar_with_its_options(options):
+    tree = {name: x for name, x in mixed_tree().items() if name in ("wide", "tall", "row")}
+    actual = apply(orthax.orthogonalize(**options), tree)
+    for name, x in tree.items():
+        np.testing.assert_allclose(
+            actual[name], polar(jnp.asarray(x), **options), rtol=0, atol=atol(x.shape), err_msg=name
+        )
+    with pytest.raises(TypeError, match=r"polar has no option 'coefficients'; it has accuracy\."):
+        orthax.orthogonalize(coefficients=TABLE)
 
 
 @pytest.mark.parametrize("stack", [True, False])

@@ -1,0 +1,89 @@
+"""AuON: momentum of unit norm, braked by the root mean square of its cosh."""
+
+from typing import Any, Literal
+
+import jax
+import optax
+
+from orthax.matrices import as_matrices
+from orthax.optimizers._pieces import (
+    NUMBER,
+    check_transformation,
+    matrix_optimizer,
+    momentum_trace,
+)
+from orthax.transforms import scale_by_adam_rms, scale_by_cosh_rms
+
+
+def auon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | optax.GradientTransformation = 0.95,
+    *,
+    gamma: jax.typing.ArrayLike = 1.0,
+    mode: Literal["paper", "code", "rms"] = "paper",
+    nesterov: bool = True,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    shape_scale: optax.GradientTransformation = scale_by_adam_rms(direction="unit_norm"),
+    fallback: optax.GradientTransformation | None = None,
+    dimension_numbers: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AuON, a drop-in for `optax.adamw(learning_rate)`.
+
+    Momentum through `orthax.scale_by_cosh_rms(gamma, mode)`. Nothing is orthogonalised: the paper's
+    is momentum of unit Frobenius norm, the repository's SGD with Nesterov momentum, both to within
+    gamma**2 / (2 fan_in fan_out).
+
+    Args:
+      learning_rate: Number or schedule. With the default mode and shape scale, AdamW's values carry
+        over.
+      momentum: As in `orthax.muon`. With `mode="code"` a number is the decay of an average, as in
+        the repository: the direction is `1 - momentum` times the trace. A transformation is taken
+        as it is.
+      gamma: Factor in the cosh, at least 0.
+      mode: As in `orthax.scale_by_cosh_rms`. "code" does not normalise: the repository's update is
+        `mode="code", gamma=1.5, shape_scale=optax.identity()`, with learning rates near SGD's. In
+        `optax.inject_hyperparams`, list it in `static_args`.
+      nesterov: As in `orthax.muon`, and so are all that follow.
+      weight_decay: Decoupled decay.
+      mask: Which leaves decay.
+      shape_scale: Transformation of matrices. The default gives a direction of unit norm the RMS
+        0.2 of Adam's updates; "rms" divides that by its R, 2.05 for normal entries at gamma 1.
+      fallback: Transformation for all other leaves.
+      dimension_numbers: Which leaves are matrices and how.
+      mu_dtype: Dtype of the momentum.
+
+    Returns:
+      The optimizer; updates have the gradients' dtype and sharding.
+      State: Muon's.
+
+    Raises:
+      ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range.
+      TypeError: As `orthax.muon`.
+
+    Example:
+      >>> import jax.numpy as jnp, orthax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+      >>> optimizer = orthax.auon(1e-3)
+      >>> updates, state = optimizer.update(params, optimizer.init(params))
+
+    Reference:
+      Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
+    """
+    check_transformation("auon", "shape_scale", shape_scale)
+    trace = momentum_trace("auon", momentum, nesterov, mu_dtype)
+    if mode == "code" and isinstance(momentum, NUMBER):
+        trace = optax.chain(trace, optax.scale(1 - momentum))
+    direction = optax.chain(scale_by_cosh_rms(gamma, mode), shape_scale)
+    return matrix_optimizer(
+        "auon",
+        trace,
+        as_matrices(direction, dimension_numbers),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        fallback=fallback,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=mu_dtype,
+    )

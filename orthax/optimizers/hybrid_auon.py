@@ -1,0 +1,91 @@
+"""Hybrid-AuON: AuON after a step or two of Newton-Schulz."""
+
+import numbers
+from typing import Any
+
+import jax
+import optax
+
+from orthax.linalg import newton_schulz
+from orthax.linalg.coefficients import MUON
+from orthax.matrices import as_matrices
+from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
+from orthax.transforms import orthogonalize, scale_by_adam_rms, scale_by_cosh_rms
+
+
+def hybrid_auon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | optax.GradientTransformation = 0.95,
+    *,
+    gamma: jax.typing.ArrayLike = 1.0,
+    steps: int = 1,
+    nesterov: bool = True,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    shape_scale: optax.GradientTransformation = scale_by_adam_rms(direction="unit_norm"),
+    fallback: optax.GradientTransformation | None = None,
+    dimension_numbers: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hybrid-AuON: one step of Newton-Schulz, and AuON's brake.
+
+    Newton-Schulz steps of Muon's triple on the momentum, then `orthax.scale_by_cosh_rms` of the
+    result, whose norm stays: as in paper and repository. One step leaves a matrix far from
+    orthogonal: a singular value that was r of the Frobenius norm is about 3.44 r, and the norm
+    lies between 0.70 (rank one) and 3.44 (many small singular values).
+
+    Args:
+      learning_rate: Number or schedule. With the default shape scale updates have 0.2 times that
+        norm as RMS, up to 3.4 times AdamW's: AdamW's rates have to be lowered.
+      momentum: As in `orthax.muon`; its scale does not matter.
+      gamma: Factor in the cosh, at least 0.
+      steps: Number of Newton-Schulz steps, at least 1; the paper's is 1, the repository's 5. In
+        `optax.inject_hyperparams`, list it in `static_args`.
+      nesterov: As in `orthax.muon`, and so are all that follow.
+      weight_decay: Decoupled decay.
+      mask: Which leaves decay.
+      shape_scale: Transformation of matrices. The default is for a direction of about unit norm;
+        after five steps the direction is nearly orthogonal and `scale_by_adam_rms()` fits. The
+        repository's update is `gamma=1.5, shape_scale=optax.identity()`.
+      fallback: Transformation for all other leaves.
+      dimension_numbers: Which leaves are matrices and how.
+      mu_dtype: Dtype of the momentum.
+
+    Returns:
+      The optimizer; updates have the gradients' dtype and sharding.
+      State: Muon's.
+
+    Raises:
+      ValueError: As `orthax.muon`, and for a `gamma` or `steps` out of range.
+      TypeError: As `orthax.muon`, and for `steps` that are no integer.
+
+    Example:
+      >>> import jax.numpy as jnp, orthax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+      >>> optimizer = orthax.hybrid_auon(1e-3)
+      >>> updates, state = optimizer.update(params, optimizer.init(params))
+
+    Reference:
+      Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
+    """
+    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
+        raise TypeError(
+            f"hybrid_auon: steps must be an integer of at least 1, got {steps!r}. In "
+            "optax.inject_hyperparams, list it in static_args."
+        )
+    if steps < 1:
+        raise ValueError(f"hybrid_auon: steps must be at least 1, got {steps!r}.")
+    check_transformation("hybrid_auon", "shape_scale", shape_scale)
+    iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * int(steps))
+    direction = optax.chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)
+    return matrix_optimizer(
+        "hybrid_auon",
+        momentum_trace("hybrid_auon", momentum, nesterov, mu_dtype),
+        as_matrices(direction, dimension_numbers),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        fallback=fallback,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=mu_dtype,
+    )

@@ -1,0 +1,66 @@
+"""`clip_by_quantile`: ROOT's soft threshold, which takes a matrix's outliers off."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax.linalg._quantile import quantile_of_magnitude
+from orthax.transforms._trees import map_matrices
+
+
+def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformation:
+    r"""Clips the entries of each matrix at a quantile of their own magnitudes.
+
+    With t the quantile of :math:`|M_{ij}|` over the matrix, the update is
+    :math:`\mathrm{sign}(M_{ij}) \min(|M_{ij}|, t)`: what soft thresholding at t takes away. The
+    threshold follows the matrix's scale, so a few huge entries no longer decide its singular
+    vectors.
+
+    Args:
+      quantile: Part of the entries that stay as they are, in [0, 1]: 1 clips nothing, 0 clips at
+        the smallest magnitude.
+
+    Returns:
+      A stateless transformation; complex entries keep their phase. Quantiles are those of each
+      matrix by itself, linear between neighbours and exact for ties, zeros and any range of
+      magnitudes. A matrix becomes zero if more than the part `quantile` of it is zero, and NaN if
+      an entry is NaN; infinities are clipped like other entries.
+      State: none.
+      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+
+    Raises:
+      ValueError: If `quantile` is outside [0, 1]; at `update`, for a leaf of fewer than two axes.
+      TypeError: For an integer leaf.
+
+    Example:
+      >>> tx = clip_by_quantile(0.75)
+      >>> outlier = jnp.array([[1.0, -2.0, 3.0, -4.0, 500.0]])
+      >>> updates, _ = tx.update(outlier, tx.init(outlier))
+      >>> print(updates)
+      [[ 1. -2.  3. -4.  4.]]
+
+    Reference:
+      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
+    """
+    if isinstance(quantile, (int, float)) and not 0 <= quantile <= 1:
+        raise ValueError(f"clip_by_quantile: quantile must lie in [0, 1], got {quantile!r}.")
+
+    def clipped(x: jax.Array) -> jax.Array:
+        if math.prod(x.shape) == 0:
+            return x
+        limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
+        if jnp.iscomplexobj(x):
+            outside = x * (limit / jnp.where(size > 0, size, 1))
+        else:
+            outside = jnp.copysign(limit, x)
+        # With a NaN as limit every entry is outside.
+        return jnp.where(size <= limit, x, outside).astype(x.dtype)
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        return map_matrices("clip_by_quantile", clipped, updates)
+
+    return optax.stateless(update)
