@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import orthax
-from orthax.linalg import coefficients
+from orthax.linalg import coefficients, newton_schulz, zolotarev
 
 # ------------------------------------------------------------------------------------- settings
 
@@ -63,7 +63,7 @@ class Config:
 
     # Training
     optimizer: str = "muon"
-    """A name in OPTIMIZERS: adamw, muon, normuon, sgd."""
+    """A name in OPTIMIZERS, such as adamw, muon, root."""
     learning_rate: float | None = None
     """Peak learning rate. None: the stored best one, LEARNING_RATES."""
     weight_decay: float = 0.1
@@ -75,7 +75,10 @@ class Config:
     batch: int = 16
     """Windows of `context` bytes per update."""
     seed: int = 0
-    """Of the initial parameters and of the order of the batches."""
+    """Of the initial parameters, of the order of the batches and of the outliers."""
+    outliers: float = 0.0
+    """Share of the gradient's entries that get heavy noise, 100 standard deviations of their leaf:
+    a stress test for optimizers. 1e-3 is much."""
 
     # Evaluation
     eval_every: int = 25
@@ -108,6 +111,15 @@ LEARNING_RATES = {
     "muon_original_table": 16e-3,
     "muon_eight_steps": 16e-3,
     "sgd": 0.1,
+    "muon_three_steps": 8e-3,
+    "muon_polynomial": 16e-3,
+    "muon_rational": 16e-3,
+    "muon_exact": 16e-3,
+    "root": 16e-3,
+    "auon_paper": 2e-3,
+    "auon_code": 25e-3,
+    "auon_rms": 16e-3,
+    "hybrid_auon": 1e-3,
 }
 
 SMOKE = {
@@ -300,12 +312,35 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "muon": orthax.muon,
     "normuon": orthax.normuon,
     "muon_original_table": functools.partial(
-        orthax.muon, orthogonalizer=orthax.orthogonalize(coefficients=coefficients.MUON)
+        orthax.muon,
+        orthogonalizer=orthax.orthogonalize(newton_schulz, coefficients=coefficients.MUON),
     ),
     "muon_eight_steps": functools.partial(
         orthax.muon,
-        orthogonalizer=orthax.orthogonalize(coefficients=coefficients.minimax(8, 1e-4)),
+        orthogonalizer=orthax.orthogonalize(
+            newton_schulz, coefficients=coefficients.minimax(8, 1e-4)
+        ),
     ),
+    "muon_three_steps": functools.partial(
+        orthax.muon,
+        orthogonalizer=orthax.orthogonalize(
+            newton_schulz, coefficients=coefficients.minimax(3, 1e-3, cushion=0.02, safety=1.02)
+        ),
+    ),
+    "muon_polynomial": functools.partial(
+        orthax.muon, orthogonalizer=orthax.orthogonalize(newton_schulz)
+    ),
+    "muon_rational": functools.partial(orthax.muon, orthogonalizer=orthax.orthogonalize(zolotarev)),
+    "muon_exact": functools.partial(
+        orthax.muon, orthogonalizer=orthax.orthogonalize(zolotarev, degree=3, passes=2)
+    ),
+    "root": orthax.root,
+    "auon_paper": orthax.auon,
+    "auon_code": functools.partial(
+        orthax.auon, gamma=1.5, mode="code", shape_scale=optax.identity()
+    ),
+    "auon_rms": functools.partial(orthax.auon, mode="rms"),
+    "hybrid_auon": orthax.hybrid_auon,
     "sgd": lambda learning_rate, weight_decay, mask: optax.chain(
         optax.trace(decay=0.95, nesterov=True),
         optax.add_decayed_weights(weight_decay, mask),
@@ -336,9 +371,43 @@ def decayed(params: Any) -> Any:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer that the settings name, with the schedule and mask all of them share."""
-    return OPTIMIZERS[config.optimizer](
+    optimizer = OPTIMIZERS[config.optimizer](
         learning_rate_schedule(config), weight_decay=config.weight_decay, mask=decayed
     )
+    if config.outliers:
+        optimizer = optax.chain(add_outliers(config.outliers, config.seed), optimizer)
+    return optimizer
+
+
+class OutlierState(NamedTuple):
+    """Counts updates: the noise of each is drawn from the seed and its number."""
+
+    count: jax.Array
+
+
+def add_outliers(share: float, seed: int) -> optax.GradientTransformation:
+    """Add normal noise of 100 standard deviations of its leaf to a random share of the entries."""
+
+    def init(params: Any) -> OutlierState:
+        del params
+        return OutlierState(jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, OutlierState]:
+        del params
+        leaves, structure = jax.tree.flatten(updates)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), state.count), (len(leaves), 2)
+        )
+
+        def noisy(leaf: jax.Array, key: jax.Array) -> jax.Array:
+            hit = jax.random.bernoulli(key[0], share, leaf.shape)
+            noise = 100 * jnp.std(leaf) * jax.random.normal(key[1], leaf.shape)
+            return leaf + jnp.where(hit, noise, 0)
+
+        noisy_leaves = [noisy(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
+        return structure.unflatten(noisy_leaves), OutlierState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def settle(config: Config) -> Config:
@@ -355,6 +424,9 @@ def settle(config: Config) -> Config:
             msg = f"No stored learning rate for {config.optimizer!r}: give learning_rate."
             raise ValueError(msg)
         config = dataclasses.replace(config, learning_rate=LEARNING_RATES[config.optimizer])
+    if not 0 <= config.outliers < 1:
+        msg = f"outliers={config.outliers} is not a share in [0, 1)."
+        raise ValueError(msg)
     if config.width % config.heads:
         msg = f"heads={config.heads} does not divide width={config.width}."
         raise ValueError(msg)

@@ -47,6 +47,10 @@ class Options:
     """Names in OPTIMIZERS of gpt.py. The first is the baseline."""
     steps: int = 600
     """Updates per run."""
+    width: int = gpt.Config.width
+    """Features of the residual stream."""
+    outliers: float = 0.0
+    """Share of the gradient's entries that get heavy noise."""
     data: Path | None = None
     """Text file, or folder of text files. None: Python's standard library."""
     output: Path | None = None
@@ -58,6 +62,8 @@ class Options:
 
     full: bool = False
     """Sweep the learning rates and repeat over seeds, instead of one run at the stored rate."""
+    name: str = "compare"
+    """[full] Of the files with the results."""
     rates: int = 5
     """[full] Learning rates per optimizer, a factor 2 apart around the stored one."""
     more_rates: int = 8
@@ -86,6 +92,8 @@ def run_settings(options: Options, optimizer: str, rate: float | None, seed: int
         learning_rate=rate,
         seed=seed,
         steps=options.steps,
+        width=options.width,
+        outliers=options.outliers,
         progress=options.progress and not options.full,
     )
     return gpt.settle(dataclasses.replace(config, **gpt.SMOKE) if options.smoke else config)
@@ -306,9 +314,10 @@ CROSSING = "Steps to a loss: first crossing, linear between evaluations every {e
 
 def heading(config: gpt.Config) -> str:
     """What was trained, in one line."""
+    noise = f", outliers in {config.outliers:g} of the gradient" if config.outliers else ""
     return (
         f"Byte-level GPT, width {config.width}, {config.layers} layers, {config.steps} steps of "
-        f"{config.batch * config.context} bytes"
+        f"{config.batch * config.context} bytes{noise}"
     )
 
 
@@ -497,7 +506,7 @@ def measure_step_seconds(options: Options, best: dict[str, float]) -> dict[str, 
 
 
 def compare(options: Options, folder: Path) -> str:
-    """Sweep, repeat over seeds, measure step times; write compare.json and compare.png."""
+    """Sweep, repeat over seeds, measure step times; write NAME.json and NAME.png."""
     cache = RunCache(folder / ".compare_cache", options.reuse_any_code)
     with Runner(options, cache) as runner:
         swept = sweep(options, runner)
@@ -526,7 +535,7 @@ def compare(options: Options, folder: Path) -> str:
     draw_losses(right, runs, "seconds")
     right.set(title="Loss against time", xlabel="seconds: steps x median step time")
     figure.suptitle(heading(config))
-    figure.savefig(folder / "compare.png", dpi=150)
+    figure.savefig(folder / f"{options.name}.png", dpi=150)
 
     rates_tried = ", ".join(f"{name} {len(grid)}" for name, grid in grids.items())
     milliseconds = ", ".join(f"{name} {1e3 * step_seconds[name]:.1f}" for name in runs)
@@ -567,9 +576,9 @@ def compare(options: Options, folder: Path) -> str:
     }
     curves = [curve for grid in swept.values() for curve in grid.values()]
     curves += [curve for curve in repeated if curve.seed > 0]  # seed 0 is in the sweep
-    write_record(folder / "compare.json", record, curves)
-    results = f"{folder / 'compare.json'}, {folder / 'compare.png'}"
-    return "\n".join([format_table(lines), "", *notes, f"Results: {results}"])
+    write_record(folder / f"{options.name}.json", record, curves)
+    results = f"Results: {folder / options.name}.json and .png"
+    return "\n".join([format_table(lines), "", *notes, results])
 
 
 def write_record(path: Path, record: dict[str, Any], curves: list[Curve]) -> None:

@@ -54,7 +54,15 @@ def checkpoint_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "fall"), [("adamw", 1.0), ("muon", 1.5), ("normuon", 1.5), ("sgd", 0.5)]
+    ("optimizer", "fall"),
+    [
+        ("adamw", 1.0),
+        ("muon", 1.5),
+        ("normuon", 1.5),
+        ("root", 1.5),
+        ("auon_rms", 1.0),
+        ("sgd", 0.5),
+    ],
 )
 def test_a_dozen_steps_lower_the_held_out_loss(optimizer, fall):
     result = gpt.train(dataclasses.replace(TINY, optimizer=optimizer))
@@ -99,6 +107,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_without_a_zero_update():
     ("change", "message"),
     [
         ({"optimizer": "adam"}, "optimizer='adam' is not one of adamw, muon"),
+        ({"outliers": 1.0}, r"outliers=1.0 is not a share in \[0, 1\)"),
         ({"heads": 5}, "heads=5 does not divide width=32"),
         ({"warmup_steps": 12}, "warmup_steps=12 is not between 0 and steps=12"),
     ],
@@ -106,6 +115,32 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_without_a_zero_update():
 def test_impossible_settings_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         gpt.train(dataclasses.replace(TINY, **change))
+
+
+def test_outliers_of_100_standard_deviations_hit_the_share_of_entries_asked_for():
+    gradients = {"a": 3e-4 * jax.random.normal(jax.random.key(1), (500, 400)), "b": jnp.ones((9,))}
+    noise = gpt.add_outliers(0.01, seed=0)
+    state = noise.init(gradients)
+    first, state = noise.update(gradients, state)
+    added = np.asarray(first["a"] - gradients["a"])
+    hit = added != 0
+    assert abs(hit.mean() - 0.01) < 0.002
+    assert abs(added[hit].std() / (100 * 3e-4) - 1) < 0.05
+    np.testing.assert_array_equal(first["b"], gradients["b"])  # nothing to measure noise by
+
+    second, state = noise.update(gradients, state)
+    assert not np.array_equal(second["a"], first["a"])
+    assert int(state.count) == 2
+    again, _ = gpt.add_outliers(0.01, seed=0).update(gradients, noise.init(gradients))
+    np.testing.assert_array_equal(again["a"], first["a"])
+    other, _ = gpt.add_outliers(0.01, seed=1).update(gradients, noise.init(gradients))
+    assert not np.array_equal(other["a"], first["a"])
+
+
+def test_outliers_reach_the_optimizer_from_the_settings(uninterrupted):
+    noisy = gpt.train(dataclasses.replace(TINY, outliers=0.05))
+    assert noisy.train_loss[0] == uninterrupted.train_loss[0]  # before the first update
+    assert noisy.report_loss[-1] > uninterrupted.report_loss[-1] + 0.01
 
 
 # --------------------------------------------------------------------------------------- corpus
@@ -314,12 +349,21 @@ def test_the_full_comparison_writes_its_results_and_resumes_from_its_cache(
 ):
     monkeypatch.setattr(gpt_compare, "code_digest", lambda: "the same for both calls")
     options = gpt_compare.Options(
-        optimizers=("adamw", "muon"), full=True, smoke=True, progress=False, output=tmp_path
+        optimizers=("adamw", "muon"),
+        full=True,
+        smoke=True,
+        outliers=0.01,
+        name="noisy",
+        progress=False,
+        output=tmp_path,
     )
     gpt_compare.main(options)
-    assert "2 seeds, mean ± standard deviation" in capsys.readouterr().out
-    assert (tmp_path / "compare.png").stat().st_size > 10_000
-    record = json.loads((tmp_path / "compare.json").read_text())
+    printed = capsys.readouterr().out
+    assert "2 seeds, mean ± standard deviation" in printed
+    assert "outliers in 0.01 of the gradient" in printed
+    assert (tmp_path / "noisy.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "noisy.json").read_text())
+    assert record["settings"]["outliers"] == 0.01
     assert set(record["optimizers"]) == {"adamw", "muon"}
     assert len(record["runs"]) == 2 * (2 + 1)  # two rates, and a second seed at the better one
     assert len(record["optimizers"]["muon"]["final_report_loss"]) == 2
@@ -328,7 +372,7 @@ def test_the_full_comparison_writes_its_results_and_resumes_from_its_cache(
     first_time = runs.read_text()
     gpt_compare.main(options)
     assert runs.read_text() == first_time
-    again = json.loads((tmp_path / "compare.json").read_text())
+    again = json.loads((tmp_path / "noisy.json").read_text())
     for name in ("select", "report"):
         assert [run[name] for run in again["runs"]] == [run[name] for run in record["runs"]]
 
