@@ -1,6 +1,5 @@
 """`clip_by_quantile`: ROOT's soft threshold, which takes a matrix's outliers off."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.linalg._quantile import quantile_of_magnitude
-from orthax.transforms._trees import map_matrices
+from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 
 def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformation:
@@ -49,8 +48,6 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
         raise ValueError(f"clip_by_quantile: quantile must lie in [0, 1], got {quantile!r}.")
 
     def clipped(x: jax.Array) -> jax.Array:
-        if math.prod(x.shape) == 0:
-            return x
         limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
         if jnp.iscomplexobj(x):
             outside = x * (limit / jnp.where(size > 0, size, 1))
@@ -61,6 +58,6 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
 
     def update(updates: Any, params: Any) -> Any:
         del params
-        return map_matrices("clip_by_quantile", clipped, updates)
+        return map_matrices_stacking_small("clip_by_quantile", clipped, updates)
 
     return optax.stateless(update)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax.transforms._trees import map_matrices
+from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 _MODES = ("paper", "code", "rms")
 _EPS = 1e-8  # the paper's; R is at least 1
@@ -68,8 +68,6 @@ def scale_by_cosh_rms(
         raise ValueError(f"scale_by_cosh_rms: mode must be one of {_MODES}, got {mode!r}.")
 
     def scaled(x: jax.Array) -> jax.Array:
-        if math.prod(x.shape) == 0:
-            return x
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1
         factor, norm, brake = _norm_and_brake(wide, gamma * units)
@@ -80,7 +78,7 @@ def scale_by_cosh_rms(
 
     def update(updates: Any, params: Any) -> Any:
         del params
-        return map_matrices("scale_by_cosh_rms", scaled, updates)
+        return map_matrices_stacking_small("scale_by_cosh_rms", scaled, updates)
 
     return optax.stateless(update)
 

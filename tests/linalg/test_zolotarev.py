@@ -187,9 +187,9 @@ def test_without_compilation_and_vectorised_it_is_the_same():
 PROMISED = [
     # degree, passes, smallest singular value relative to the Schatten-4 norm, interval
     (2, 1, 1.1e-3, 0.80, 1.20),
-    (3, 1, 2e-3, 0.94, 1.06),
+    (3, 1, 2.1e-3, 0.95, 1.05),
     (2, 2, 1.5e-6, 0.80, 1.20),
-    (3, 2, 3e-6, 0.94, 1.06),
+    (3, 2, 3e-6, 0.95, 1.05),
 ]
 promised = pytest.mark.parametrize(("degree", "passes", "smallest", "least", "most"), PROMISED)
 PRINTED = 5e-3  # two digits
@@ -208,17 +208,20 @@ def singular_vectors(m, n=None):
 
 
 @pytest.mark.parametrize(
-    ("rows", "degree", "passes", "smallest", "least", "most"),
-    [*((256, *row) for row in PROMISED), (768, *PROMISED[0]), (768, *PROMISED[3])],
+    ("rows", "small", "degree", "passes", "smallest", "least", "most"),
+    [
+        *((256, 128, *row) for row in PROMISED),
+        (768, 767, *PROMISED[0]),
+        (768, 767, *PROMISED[3]),
+    ],
 )
 def test_singular_values_come_near_one_from_the_smallest_promised(
-    rows, degree, passes, smallest, least, most
+    rows, small, degree, passes, smallest, least, most
 ):
-    """Half of them are the smallest, the others on all scales from there to the largest."""
+    """`small` of them are the smallest; the others lie on all scales from there to the largest."""
     left, right = singular_vectors(rows)
-    spectrum = smallest ** np.concatenate([np.ones(rows // 2), np.linspace(1, 0, rows - rows // 2)])
+    spectrum = smallest ** np.concatenate([np.ones(small), np.linspace(0, 1, rows - small)])
     spectrum = np.maximum(spectrum, smallest * oracles.schatten4(spectrum))
-    assert spectrum.min() / oracles.schatten4(spectrum)[0] >= 0.999 * smallest
     y = oracles.float64(compiled(degree, passes)(((left * spectrum) @ right).astype(np.float32)))
     s = np.sqrt(np.linalg.eigvalsh(y @ y.T))
     assert least - PRINTED < s.min()
@@ -235,8 +238,7 @@ def test_other_singular_values_are_lifted_as_the_function_says(
     y = oracles.float64(compiled(degree, passes)(((left * spectrum) @ right).astype(np.float32)))
     values = oracles.zolotarev_map(spectrum, degree, lower_of(degree, 256), first_of(passes, 256))
     within = values[spectrum >= smallest]
-    assert least - PRINTED < within.min()
-    assert within.max() < most + PRINTED
+    assert least - PRINTED < within.min() <= within.max() < most + PRINTED
     error = np.linalg.norm(y - (left * values) @ right) / np.linalg.norm(values)
     assert error < 0.02
 

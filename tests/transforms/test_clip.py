@@ -82,9 +82,10 @@ def test_it_commutes_with_transposition():
     np.testing.assert_array_equal(clip(oracles.mT(x)), oracles.mT(np.asarray(clip(x))))
 
 
-def test_matrices_of_a_stack_are_clipped_each_by_itself():
+@pytest.mark.parametrize("shape", [(3, 24, 40), (3, 128, 256)], ids=["small", "large"])
+def test_matrices_of_a_stack_are_clipped_each_by_itself(shape):
     scales = np.array([1e-6, 1, 1e6], np.float32)[:, None, None]
-    x = with_outliers((3, 24, 40)) * scales
+    x = with_outliers(shape) * scales
     np.testing.assert_array_equal(clip(x), np.stack([clip(matrix) for matrix in x]))
 
 

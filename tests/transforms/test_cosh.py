@@ -40,7 +40,7 @@ def spike(shape):
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 10.0])
 @every_mode
 def test_it_is_the_transcription(mode, gamma):
-    tree = [normal(shape) for shape in SHAPES]
+    tree = [normal(shape) for shape in (*SHAPES, (3, 128, 256))]
     for actual, x in zip(scaled(tree, mode, gamma), tree, strict=True):
         assert actual.dtype == x.dtype
         expected = oracles.cosh_direction(x, gamma, mode)
@@ -189,9 +189,10 @@ def test_matrices_without_entries_pass(shape, mode):
 
 
 @every_mode
-def test_matrices_of_a_stack_are_scaled_each_by_itself(mode):
-    x = normal((3, 24, 40)) * np.array([1e-6, 1, 1e6], np.float32)[:, None, None]
-    x[2, 0, 0] = 1e8
+@pytest.mark.parametrize("shape", [(3, 24, 40), (3, 128, 256)], ids=["small", "large"])
+def test_matrices_of_a_stack_are_scaled_each_by_itself(shape, mode):
+    x = normal(shape) * np.array([1e-6, 1, 1e6], np.float32)[:, None, None]
+    x[2, 0, 0] = 1e7
     expected = np.stack([scaled(matrix, mode) for matrix in x])
     np.testing.assert_allclose(scaled(x, mode), expected, rtol=1e-6)
 
