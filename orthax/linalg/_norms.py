@@ -23,7 +23,7 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       [[5.e-30]]
     """
     scaled, scale = unit_max(x)
-    return scale * _norm_of_scaled(scaled)
+    return scale * norm_of_scaled(scaled)
 
 
 def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
@@ -43,8 +43,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       [[0.6 0.8]]
     """
     scaled, _ = unit_max(x, eps)
-    norm = _norm_of_scaled(scaled)
-    return scaled / jnp.where(norm == 0, 1, norm)
+    return scaled / norm_of_scaled(scaled)
 
 
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -62,9 +61,12 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
     counts = scale > max(eps, float(jnp.finfo(x.dtype).tiny))
     scale = jnp.where(counts | jnp.isnan(scale), scale, 0)
-    return x / jnp.where(scale == 0, jnp.inf, scale), scale
+    # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
+    less = jnp.where(scale > 1, 0.25, 1.0)
+    return (x * less) / jnp.where(scale == 0, jnp.inf, scale * less), scale
 
 
-def _norm_of_scaled(scaled: jax.Array) -> jax.Array:
+def norm_of_scaled(scaled: jax.Array) -> jax.Array:
+    """Frobenius norm of each matrix that `unit_max` returns; 1 for a zero matrix."""
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
-    return jnp.sqrt(jnp.where(squares > 0, squares, 1)) * (squares > 0)
+    return jnp.sqrt(jnp.where(squares == 0, 1, squares))

@@ -51,6 +51,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+@jax.jit  # traced once per size
 def _inverse_factor(a: jax.Array) -> jax.Array:
     """Upper triangular u with u u^H = a^-1: the inverse of the Cholesky factor, transposed.
 
@@ -76,6 +77,7 @@ def _inverse_factor(a: jax.Array) -> jax.Array:
     return jnp.block([[top, corner], [jnp.zeros((m - half, half), a.dtype), bottom]])
 
 
+@jax.jit
 def _gram_of_upper(u: jax.Array) -> jax.Array:
     """U u^H of an upper triangular u, without products by its zero block."""
     m = u.shape[-1]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax.linalg._norms import norm_of_scaled, unit_max
 from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 _MODES = ("paper", "code", "rms")
@@ -68,13 +69,12 @@ def scale_by_cosh_rms(
         raise ValueError(f"scale_by_cosh_rms: mode must be one of {_MODES}, got {mode!r}.")
 
     def scaled(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1
-        factor, norm, brake = _norm_and_brake(wide, gamma * units)
-        if mode == "code":
-            return (wide * brake).astype(x.dtype)
-        half = jnp.sqrt(factor)  # 1 / norm itself may underflow
-        return (wide * half * (half * brake / norm)).astype(x.dtype)
+        largest_is_one, _ = unit_max(x)
+        norm = norm_of_scaled(largest_is_one)
+        brake = _brake(largest_is_one, gamma * units / norm)
+        wide = x * brake if mode == "code" else largest_is_one * (brake / norm)
+        return wide.astype(x.dtype)
 
     def update(updates: Any, params: Any) -> Any:
         del params
@@ -83,46 +83,17 @@ def scale_by_cosh_rms(
     return optax.stateless(update)
 
 
-def _norm_and_brake(x: jax.Array, gamma: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A factor f, the norm of f x and 1 / (R + 1e-8) of each matrix.
+def _brake(x: jax.Array, gamma: jax.Array) -> jax.Array:
+    """1 / (R + 1e-8) with R^2 = mean cosh(gamma |x|)^2 = 1 + mean sinh(gamma |x|)^2.
 
-    On CPU the pass over x for its largest entry costs as much as the momentum; it is left out if
-    nothing overflows without. Elsewhere a branch, which waits for the device, costs more.
+    The largest |x| is 1, so gamma is the largest argument. Where its square would overflow, all is
+    divided by exp(shift). Everything that is as large as x is used once: XLA would write it to
+    memory otherwise.
     """
-
-    def guarded(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        largest, tiny = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), jnp.finfo(x.dtype).tiny
-        counts = (largest >= tiny) | jnp.isnan(largest)
-        # A normal number, so that it is not flushed to zero, and zero for what counts as zero.
-        inverse = jnp.maximum(1 / jnp.where(counts, largest, 1), tiny) * counts
-        norm, brake, _ = _passes(x, inverse, gamma, largest_is_one=True)
-        return inverse, norm, brake
-
-    if jax.default_backend() != "cpu":
-        return guarded(x)
-    norm, brake, right = _passes(x, 1.0, gamma)
-    return jax.lax.cond(right, lambda _: (jnp.ones_like(norm), norm, brake), guarded, x)
-
-
-def _passes(
-    x: jax.Array, factor: Any, gamma: Any, largest_is_one: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norm of f x, 1 / (R + 1e-8) and whether both are right, in two passes.
-
-    R^2 = mean cosh^2(z) = 1 + mean sinh^2(z), z = gamma |f x| / norm. All is over exp(shift), which
-    is zero unless the largest z is known and its square would overflow. No expression may be common
-    to the passes, nor to the final scaling: XLA would write it, a whole matrix, to memory.
-    """
-    finfo, size = jnp.finfo(x.dtype), math.prod(x.shape[-2:])
-    squares = jnp.sum(jnp.square(jnp.abs(x * factor)), axis=(-2, -1), keepdims=True)
-    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    top = jnp.asarray(gamma / norm, norm.dtype)
-    half = jnp.sqrt(factor) * jnp.sqrt(top)
-    shift = jnp.maximum(top - math.log(float(finfo.max)) / 4, 0) if largest_is_one else 0.0
-    rest = jnp.exp(-2 * shift)
-    grown = jnp.exp(jnp.abs(x * half * half) - shift)
-    twice_sinh = grown - rest / jnp.maximum(grown, finfo.tiny)
-    mean = rest + jnp.mean(jnp.square(twice_sinh), axis=(-2, -1), keepdims=True) / 4
-    brake = jnp.exp(-shift) / (jnp.sqrt(jnp.maximum(mean, finfo.tiny)) + _EPS * jnp.exp(-shift))
-    in_range = (squares > size * finfo.tiny / finfo.eps) & (squares < finfo.max)
-    return norm, brake, jnp.all(in_range & (mean < finfo.max))
+    finfo = jnp.finfo(x.dtype)
+    shift = jnp.maximum(gamma - math.log(float(finfo.max)) / 4, 0)
+    square = jnp.exp(-2 * shift)
+    grown = jnp.exp(gamma * jnp.abs(x) - shift)
+    twice_sinh = grown - square / jnp.maximum(grown, finfo.tiny)
+    mean = square + jnp.mean(jnp.square(twice_sinh), axis=(-2, -1), keepdims=True) / 4
+    return jnp.exp(-shift) / (jnp.sqrt(jnp.maximum(mean, finfo.tiny)) + _EPS * jnp.exp(-shift))

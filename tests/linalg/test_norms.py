@@ -48,6 +48,13 @@ def test_a_normalised_matrix_has_norm_one_and_the_same_direction(shape, scale, d
     np.testing.assert_allclose(actual, expected, rtol=tolerances.rounding(np.float32))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_entries_near_the_largest_float_count(dtype):
+    """The reciprocal of 3e38 is no normal number."""
+    actual = normalize(jnp.asarray(3e38 * np.eye(8), dtype))
+    np.testing.assert_allclose(actual, np.eye(8) / np.sqrt(8), rtol=tolerances.rounding(np.float32))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
 def test_norms_of_half_precision_are_float32(dtype, scale):
