@@ -26,8 +26,12 @@ examples: $(VENV)/.examples  ## Every example and benchmark with tiny settings
 bench: $(VENV)/.examples  ## Every benchmark; tables on screen, data and pictures in benchmarks/results
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
-compare: $(VENV)/.examples  ## Learning-rate sweeps and three seeds per optimizer (about an hour)
-	$(BIN)/python examples/gpt_compare.py --full
+FULL := $(BIN)/python examples/gpt_compare.py --full
+
+compare: $(VENV)/.examples  ## Learning-rate sweeps and three seeds per optimizer (three hours on two cores)
+	$(FULL) --optimizers adamw muon normuon root auon_paper auon_code auon_rms hybrid_auon
+	$(FULL) --name exactness --optimizers adamw muon_three_steps muon_polynomial muon_rational muon_exact
+	$(FULL) --name outliers --outliers 0.001 --optimizers adamw muon root
 
 # The oldest versions that pyproject.toml admits, pinned; and the newest on another Python.
 test-oldest: .venv-oldest/.ready

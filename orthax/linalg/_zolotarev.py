@@ -187,12 +187,14 @@ def _polar(x: jax.Array, functions: tuple[SignFunction, ...]) -> jax.Array:
 
 
 def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
-    """M (I + sum_j a_j (r + t_j I)^-1).
-
-    A loop over the poles would compile faster, but not let the inverses run at the same time.
-    """
+    """M (I + sum_j a_j (r + t_j I)^-1)."""
     identity = jnp.eye(r.shape[0], dtype=r.dtype)
-    total = identity
-    for residue, shift in zip(function.residues, function.shifts, strict=True):
-        total = total + float(residue) * inverse(r + float(shift) * identity)
+
+    def add(total: jax.Array, pole: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        residue, shift = pole
+        return total + residue * inverse(r + shift * identity), None
+
+    real = jnp.finfo(r.dtype).dtype
+    poles = (jnp.asarray(function.residues, real), jnp.asarray(function.shifts, real))
+    total, _ = lax.scan(add, identity, poles)  # one program for all poles
     return function.scale * total
