@@ -83,7 +83,7 @@ def scale_by_cosh_rms(
     return optax.stateless(update)
 
 
-def _brake(x: jax.Array, gamma: jax.Array) -> jax.Array:
+def _brake(x: jax.Array, gamma: Any) -> jax.Array:
     """1 / (R + 1e-8) with R^2 = mean cosh(gamma |x|)^2 = 1 + mean sinh(gamma |x|)^2.
 
     The largest |x| is 1, so gamma is the largest argument. Where its square would overflow, all is
