@@ -13,6 +13,9 @@ On CPU a triangular solve of 32 rows or more is spread over threads by OpenBLAS,
 busily for the next one and take cores from XLA: an inverse of 768 rows takes 1.7 times as long.
 """
 
+WHOLE = 192
+"""Rows up to which a triangular matrix is multiplied as if it were full."""
+
 
 def symmetric_product(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     """Product `a @ b` that is known to be Hermitian, such as a Gram matrix or a polynomial of one.
@@ -81,7 +84,7 @@ def _inverse_factor(a: jax.Array) -> jax.Array:
 def _gram_of_upper(u: jax.Array) -> jax.Array:
     """U u^H of an upper triangular u, without products by its zero block."""
     m = u.shape[-1]
-    if m <= LEAF:
+    if m <= WHOLE:
         return gram(u, lax.Precision.HIGHEST)
     half = m // 2
     top, corner, bottom = u[:half, :half], u[:half, half:], u[half:, half:]

@@ -4,7 +4,7 @@ import oracles
 import pytest
 import tolerances
 
-from orthax.linalg._symmetric import LEAF, gram, inverse, symmetric_product
+from orthax.linalg._symmetric import LEAF, WHOLE, gram, inverse, symmetric_product
 
 DTYPES = [np.float32, np.complex64]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +105,7 @@ compiled_inverse = jax.jit(inverse)
 
 
 @by_dtype
-@pytest.mark.parametrize("rows", [1, 5, LEAF, LEAF + 1, 2 * LEAF + 3])
+@pytest.mark.parametrize("rows", [1, 5, LEAF, LEAF + 1, 2 * LEAF + 3, WHOLE + 3])
 @pytest.mark.parametrize("condition", [30.0, 1e3])
 def test_an_inverse_is_that_of_numpy(rows, condition, dtype):
     a = positive_definite(rows, condition, dtype)
