@@ -258,10 +258,11 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
             else f"{figures['distance']:.2f}"
             for figures in found.values()
         ]
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
+        axes.bar_label(bars, labels, padding=9, fontsize=8)
         for name in JUDGED:
             axes.plot(found[name]["speed target"], name, "D", color="#D55E00", markersize=5)
         axes.set(title=title, xlabel=f"speed relative to {BASELINE}", xscale="log")
+        axes.set_xlim(0.8, 3 * max(speeds))
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
     figure.suptitle(

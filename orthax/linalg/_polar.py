@@ -67,7 +67,7 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
-      accuracy: "fast", or "exact" for two to three times the work. On momentum of trained networks,
+      accuracy: "fast", or "exact" for about twice the work. On momentum of trained networks,
         whose singular values are mostly tiny, "fast" is 0.2 to 0.8 away from the polar factor
         (relative Frobenius distance) and "exact" at most 0.12.
 

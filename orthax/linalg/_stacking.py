@@ -122,12 +122,16 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
 
 
 def _map_or_batch(method: Method, stack: jax.Array) -> jax.Array:
-    if jax.default_backend() not in MAPPED_BACKENDS:
-        return method(stack)
+    if jax.default_backend() in MAPPED_BACKENDS:
+        return map_in_place(method, stack)
+    return method(stack)
+
+
+def map_in_place(method: Method, stack: jax.Array) -> jax.Array:
+    """`jax.lax.map` without a second stack: pages of fresh memory take time to get."""
 
     def replace(i: jax.Array, stack: jax.Array) -> jax.Array:
         matrix = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(stack, method(matrix), i, 0)
 
-    # In place: `lax.map` keeps a second stack, and pages of fresh memory take time to get.
     return jax.lax.fori_loop(0, stack.shape[0], replace, stack)
