@@ -106,6 +106,30 @@ def test_a_function_of_matrices_refuses_integers(function):
         function(jnp.ones((3, 4), jnp.int32))
 
 
+@pytest.mark.parametrize("function", MATRIX_FUNCTIONS)
+def test_a_function_of_matrices_refuses_a_list(function):
+    with pytest.raises(TypeError, match=says(function.__name__, "x must be an array", "list")):
+        function([[1.0, 2.0], [3.0, 4.0]])
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("factory", "argument"),
+    [
+        (orthax.clip_by_quantile, "quantile"),
+        (orthax.scale_by_cosh_rms, "gamma"),
+        (orthax.normalize_neurons, "decay"),
+        (orthax.normalize_neurons, "eps"),
+    ],
+)
+@pytest.mark.parametrize("value", ["0.9", None, (0.9,)], ids=str)
+def test_what_is_no_number_is_refused(factory, argument, value):
+    with pytest.raises(TypeError, match=says(factory.__name__, argument, "number", repr(value))):
+        factory(**{argument: value})
+
+
 # --- leaves
 
 
@@ -164,7 +188,9 @@ def test_a_negative_eps_is_refused(eps):
         orthax.normalize_neurons(eps=eps)
 
 
-@pytest.mark.parametrize("quantile", [-0.1, 1.1, 90, float("nan")])
+@pytest.mark.parametrize(
+    "quantile", [-0.1, 1.1, 90, float("nan"), np.float32(1.5), jnp.float32(-1)]
+)
 @pytest.mark.parametrize(
     "factory",
     [orthax.clip_by_quantile, functools.partial(orthax.root, 0.1)],
@@ -183,7 +209,7 @@ COSH = {
 }
 
 
-@pytest.mark.parametrize("gamma", [-1, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("gamma", [-1, -0.1, float("nan"), float("inf"), np.float32(-3)])
 @pytest.mark.parametrize("factory", COSH.values(), ids=COSH)
 def test_a_gamma_outside_its_range_is_refused(factory, gamma):
     accepted = ("scale_by_cosh_rms", "gamma", "at least 0", repr(gamma))

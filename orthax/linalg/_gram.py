@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def gram_newton_schulz(
         value. In bfloat16 nearly every step needs one, which leaves nothing of the gain.
       dtype: As in `newton_schulz`, of the long products. Those of the Gram matrix's size are
         computed in at least float32.
-      precision: Passed to `jnp.matmul` for the long products.
+      precision: Passed to `jnp.matmul` for the long products. None: "highest" for the Gram matrix,
+        whose rounding the restarts are chosen for, and the backend's default for the other.
       eps: As in `newton_schulz`.
 
     Returns:
@@ -89,7 +91,7 @@ def _factor(y: jax.Array, table: Table, precision: Any) -> jax.Array:
     """The matrix by which the steps of a table multiply y from the left."""
     product = functools.partial(symmetric_product, precision=lax.Precision.HIGHEST)
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    r = gram(y, precision).astype(wide)
+    r = gram(y, lax.Precision.HIGHEST if precision is None else precision).astype(wide)
     identity = jnp.broadcast_to(jnp.eye(y.shape[-2], dtype=wide), r.shape)
     total = identity
     for step, (a, b, c) in enumerate(table):
@@ -127,17 +129,20 @@ def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
     worst = 0.0
     for first, end in itertools.pairwise((0, *restarts, len(table))):
         for r in (-off, off):
-            total, exact = 1.0, 1.0
-            for a, b, c in table[first:end]:
-                p = a + b * r + c * r**2
-                total, exact, r = total * p, exact * a, r * p**2
-            worst = max(worst, abs(total / exact - 1), eps / 2 * exact)
+            total, exact, r = np.float64(1), np.float64(1), np.float64(r)
+            with np.errstate(all="ignore"):
+                for a, b, c in table[first:end]:
+                    p = a + b * r + c * r**2
+                    total, exact, r = total * p, exact * a, r * p**2
+                error = float(np.maximum(abs(total / exact - 1), eps / 2 * exact))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
 
 def _check_restarts(restarts: Any, steps: int) -> None:
-    places = tuple(restarts)
-    if sorted(set(places)) != list(places) or not all(0 < place < steps for place in places):
+    places: list[Any] = list(restarts) if isinstance(restarts, Sequence) else [None]
+    whole = all(isinstance(place, (int, np.integer)) for place in places)
+    if not (whole and sorted(set(places)) == places and all(0 < p < steps for p in places)):
         raise ValueError(
             "gram_newton_schulz: restarts must be increasing steps from 1 to "
             f"{steps - 1}, got {restarts!r}."

@@ -47,7 +47,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
 
 
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Divides each matrix by its largest absolute entry.
+    """Divides each matrix by its largest absolute entry, of complex ones by the largest part.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating.
@@ -58,7 +58,9 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
       1); in float32 for 16-bit input, else the precision of `x`.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
+    # Not the magnitude of a complex entry, which may overflow.
+    size = jnp.maximum(abs(x.real), abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+    scale = jnp.max(size, axis=(-2, -1), keepdims=True, initial=0)
     counts = scale > max(eps, float(jnp.finfo(x.dtype).tiny))
     scale = jnp.where(counts | jnp.isnan(scale), scale, 0)
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.

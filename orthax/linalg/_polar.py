@@ -21,7 +21,7 @@ class Rule(NamedTuple):
 
     Attributes:
       accuracy: "fast" or "exact".
-      backend: Of JAX, or "any": that also stands for arrays spread over a mesh, on any backend,
+      backend: Of JAX, or "any": that also stands for arrays on Auto axes of a mesh, on any backend,
         where products shard and factorisations are gathered.
       bits: Of a real number of the input, at least.
       aspect: Longer over shorter side, at least.
@@ -72,9 +72,10 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
         (relative Frobenius distance) and "exact" at most 0.12.
 
     Returns:
-      Same shape and dtype. Singular values, for a smallest of r relative to the Frobenius norm:
-      "fast": [0.80, 1.20] for r of at least 1e-3, less below; "exact": [0.94, 1.06] for r of at
-      least 1e-5. A zero matrix gives exactly zero, a NaN or infinity NaN.
+      Same shape and dtype. Singular values, for a smallest of r relative to the Frobenius norm, in
+      float32 and up to 8192 rows: "fast": [0.79, 1.21] for r of at least 2e-3 (1e-3 up to 512
+      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. A zero matrix gives exactly
+      zero, a NaN or infinity NaN.
 
     Raises:
       ValueError: If `x` has fewer than two axes or `accuracy` is unknown.

@@ -155,12 +155,17 @@ def zolotarev(
 def _functions(x: jax.Array, degree: Any, passes: Any, lower: Any) -> tuple[SignFunction, ...]:
     if isinstance(degree, bool) or not isinstance(degree, (int, np.integer)) or degree < 1:
         raise ValueError(f"zolotarev: degree must be an integer of at least 1, got {degree!r}.")
-    if passes not in (1, 2):
+    if (
+        isinstance(passes, bool)
+        or not isinstance(passes, (int, np.integer))
+        or passes not in (1, 2)
+    ):
         raise ValueError(f"zolotarev: passes must be 1 or 2, got {passes!r}.")
     rows = max(1, min(x.shape[-2:]))
     eps = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).eps)
     least = least_stable_lower(int(degree), rows, eps)
-    if lower is not None and not least <= lower < 1:
+    known = lower is None or isinstance(lower, (int, float, np.number))
+    if not known or (lower is not None and not least <= lower < 1):
         raise ValueError(
             f"zolotarev: lower must lie in [{1.01 * least:.3g}, 1) for degree {degree} and "
             f"matrices of shape {x.shape[-2:]} in {x.dtype}, got {lower!r}."

@@ -5,14 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.core import Tracer
 
 from orthax.matrices import partition_matrices
 from orthax.transforms._float16 import accumulate_float16_in_float32
-
-NUMBER = (int, float, np.number, np.ndarray, jax.Array)
-"""What counts as a number; a tracer is a `jax.Array`."""
+from orthax.transforms._numbers import NUMBER
 
 
 def matrix_optimizer(
@@ -67,7 +65,7 @@ def momentum_trace(
             f"{call}: momentum must be a number in [0, 1) or an optax transformation, "
             f"got {momentum!r}."
         )
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+    if not isinstance(momentum, Tracer) and not 0 <= momentum < 1:
         raise ValueError(
             f"{call}: momentum must lie in [0, 1) or be a transformation, got {momentum!r}."
         )

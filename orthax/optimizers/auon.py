@@ -7,12 +7,12 @@ import optax
 
 from orthax.matrices import as_matrices
 from orthax.optimizers._pieces import (
-    NUMBER,
     check_transformation,
     matrix_optimizer,
     momentum_trace,
 )
 from orthax.transforms import scale_by_adam_rms, scale_by_cosh_rms
+from orthax.transforms._numbers import NUMBER
 
 
 def auon(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.linalg._quantile import quantile_of_magnitude
+from orthax.transforms._numbers import check_number
 from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 
@@ -26,13 +27,14 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
       A stateless transformation; complex entries keep their phase. Quantiles are those of each
       matrix by itself, linear between neighbours and exact for ties, zeros and any range of
       magnitudes. A matrix becomes zero if more than the part `quantile` of it is zero, and NaN if
-      an entry is NaN; infinities are clipped like other entries.
+      an entry is NaN; infinities are clipped like other entries (complex ones, which have no phase,
+      become NaN).
       State: none.
       Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
       ValueError: If `quantile` is outside [0, 1]; at `update`, for a leaf of fewer than two axes.
-      TypeError: For an integer leaf.
+      TypeError: If `quantile` is no number; at `update`, for an integer leaf.
 
     Example:
       >>> tx = clip_by_quantile(0.75)
@@ -44,13 +46,13 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     Reference:
       He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
-    if isinstance(quantile, (int, float)) and not 0 <= quantile <= 1:
-        raise ValueError(f"clip_by_quantile: quantile must lie in [0, 1], got {quantile!r}.")
+    check_number("clip_by_quantile", "quantile", quantile, "lie in [0, 1]", lambda q: 0 <= q <= 1)
 
     def clipped(x: jax.Array) -> jax.Array:
         limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
         if jnp.iscomplexobj(x):
-            outside = x * (limit / jnp.where(size > 0, size, 1))
+            x_ = x * jnp.where(size > 1, 0.25, 1.0)  # whose magnitude does not overflow
+            outside = x_ * (limit / jnp.where(size > 0, jnp.abs(x_), 1))
         else:
             outside = jnp.copysign(limit, x)
         # With a NaN as limit every entry is outside.

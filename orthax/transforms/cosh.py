@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.linalg._norms import norm_of_scaled, unit_max
+from orthax.transforms._numbers import check_number
 from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 _MODES = ("paper", "code", "rms")
@@ -49,7 +50,7 @@ def scale_by_cosh_rms(
     Raises:
       ValueError: If `gamma` is negative or not finite, or `mode` is unknown; at `update`, for a
         leaf of fewer than two axes.
-      TypeError: For an integer leaf.
+      TypeError: If `gamma` is no number; at `update`, for an integer leaf.
 
     Example:
       >>> x = jnp.array([[3.0, -4.0]])
@@ -63,8 +64,8 @@ def scale_by_cosh_rms(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
-    if isinstance(gamma, (int, float)) and not (gamma >= 0 and math.isfinite(gamma)):
-        raise ValueError(f"scale_by_cosh_rms: gamma must be finite and at least 0, got {gamma!r}.")
+    accepted = "be finite and at least 0"
+    check_number("scale_by_cosh_rms", "gamma", gamma, accepted, lambda g: 0 <= g < math.inf)
     if mode not in _MODES:
         raise ValueError(f"scale_by_cosh_rms: mode must be one of {_MODES}, got {mode!r}.")
 
@@ -86,12 +87,13 @@ def scale_by_cosh_rms(
 def _brake(x: jax.Array, gamma: Any) -> jax.Array:
     """1 / (R + 1e-8) with R^2 = mean cosh(gamma |x|)^2 = 1 + mean sinh(gamma |x|)^2.
 
-    The largest |x| is 1, so gamma is the largest argument. Where its square would overflow, all is
-    divided by exp(shift). Everything that is as large as x is used once: XLA would write it to
-    memory otherwise.
+    The largest |x| is 1, or up to sqrt(2) for complex x, so the largest argument is known. Where
+    its square would overflow, all is divided by exp(shift). Everything that is as large as x is
+    used once: XLA would write it to memory otherwise.
     """
     finfo = jnp.finfo(x.dtype)
-    shift = jnp.maximum(gamma - math.log(float(finfo.max)) / 4, 0)
+    largest = gamma * (math.sqrt(2) if jnp.iscomplexobj(x) else 1)
+    shift = jnp.maximum(largest - math.log(float(finfo.max)) / 4, 0)
     square = jnp.exp(-2 * shift)
     grown = jnp.exp(gamma * jnp.abs(x) - shift)
     twice_sinh = grown - square / jnp.maximum(grown, finfo.tiny)

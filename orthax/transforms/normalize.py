@@ -8,6 +8,7 @@ import optax
 
 from orthax.linalg import frobenius_norm
 from orthax.linalg._norms import unit_max
+from orthax.transforms._numbers import check_number
 from orthax.transforms._trees import map_matrices
 
 _AXES = ("output", "long")
@@ -57,7 +58,7 @@ def normalize_neurons(
     Raises:
       ValueError: If `decay` is outside [0, 1), `eps` is negative or `axis` is unknown; at `init` or
         `update` for a leaf of fewer than two axes.
-      TypeError: For an integer leaf.
+      TypeError: If `decay` or `eps` is no number; for an integer leaf.
 
     Example:
       >>> tx = normalize_neurons(decay=0.0)
@@ -69,10 +70,8 @@ def normalize_neurons(
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
     """
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"normalize_neurons: decay must lie in [0, 1), got {decay!r}.")
-    if isinstance(eps, (int, float)) and not eps >= 0:
-        raise ValueError(f"normalize_neurons: eps must be at least 0, got {eps!r}.")
+    check_number("normalize_neurons", "decay", decay, "lie in [0, 1)", lambda d: 0 <= d < 1)
+    check_number("normalize_neurons", "eps", eps, "be at least 0", lambda e: e >= 0)
     if axis not in _AXES:
         raise ValueError(f"normalize_neurons: axis must be one of {_AXES}, got {axis!r}.")
 

@@ -80,6 +80,17 @@ def test_a_single_step_is_one_too():
         gram_newton_schulz(jnp.asarray(x), ONE_STEP, restarts=(1,))
 
 
+@pytest.mark.parametrize("steps", [12, 18])
+def test_long_tables_get_restarts_too(steps):
+    """Between restarts far apart, float64 itself overflows."""
+    table = coefficients.minimax(steps, 1e-6)
+    restarts = best_restarts(table, tolerances.eps(np.float32))
+    assert restarts
+    s = np.linalg.svd(compiled(table)(oracles.well_conditioned((5, 12))), compute_uv=False)
+    off = np.abs(coefficients.scalar_map(table, np.linspace(0.05, 1, 1000)) - 1).max()
+    assert np.abs(s - 1).max() <= off + 1e-5
+
+
 @pytest.mark.parametrize("restarts", [(), (1,), (4,), (2, 3), (1, 2, 3, 4)], ids=str)
 def test_restarts_do_not_change_the_numbers(restarts):
     x = geometric((8, 30), 1e3, np.float64)
@@ -322,7 +333,9 @@ def test_without_compilation_and_vectorised_it_is_the_same():
 # --- what is refused
 
 
-@pytest.mark.parametrize("restarts", [(0,), (5,), (-1,), (2, 2), (3, 1), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "restarts", [(0,), (5,), (-1,), (2, 2), (3, 1), (1, 2, 3, 4, 5), (1.5,), 3, "ab"], ids=str
+)
 def test_restarts_that_are_no_increasing_steps_are_refused(restarts):
     with pytest.raises(ValueError, match="gram_newton_schulz: restarts") as caught:
         gram_newton_schulz(jnp.ones((5, 12)), restarts=restarts)

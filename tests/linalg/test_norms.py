@@ -129,3 +129,10 @@ def test_the_gradient_is_finite_at_zero(function):
 def test_a_nan_is_not_hidden(function):
     x = jnp.asarray(matrices((3, 4))).at[1, 1].set(jnp.nan)
     assert np.isnan(function(x)).any()
+
+
+def test_a_complex_entry_whose_magnitude_overflows_counts():
+    actual = normalize(jnp.array([[3e38 + 3e38j, 0.0]]))
+    np.testing.assert_allclose(
+        actual, [[(1 + 1j) / 2**0.5, 0]], rtol=tolerances.rounding(np.float32)
+    )

@@ -385,7 +385,7 @@ def test_a_degree_that_is_no_positive_integer_is_refused(degree):
     assert message.endswith(f"got {degree!r}.")
 
 
-@pytest.mark.parametrize("passes", [0, 3, 1.5, "2", None])
+@pytest.mark.parametrize("passes", [0, 3, 1.5, "2", None, True, np.array([1, 2])], ids=str)
 def test_a_number_of_passes_other_than_one_or_two_is_refused(passes):
     kind, message = refusal(passes=passes)
     assert kind is ValueError
@@ -393,7 +393,7 @@ def test_a_number_of_passes_other_than_one_or_two_is_refused(passes):
     assert message.endswith(f"got {passes!r}.")
 
 
-@pytest.mark.parametrize("lower", [-0.1, 0.0, 1e-5, 1.0, 2, float("nan")])
+@pytest.mark.parametrize("lower", [-0.1, 0.0, 1e-5, 1.0, 2, float("nan"), "a"])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_lower_out_of_range_is_refused_with_the_range(lower, passes):
     kind, message = refusal(lower=lower, passes=passes)

@@ -148,3 +148,9 @@ def test_slopes_are_finite_and_one_where_nothing_is_clipped():
     slopes = jax.grad(lambda x: orthax.clip_by_quantile().update(x, None)[0].sum())(jnp.asarray(x))
     kept = np.asarray(clip(x)) == x
     np.testing.assert_array_equal(slopes, kept.astype(np.float32))
+
+
+def test_a_complex_entry_whose_magnitude_overflows_keeps_its_phase():
+    x = jnp.array([[3e38 + 3e38j, 1.0, 1j, -1.0]])
+    actual = clip(x, 0.5)
+    np.testing.assert_allclose(actual, [[(1 + 1j) / 2**0.5, 1, 1j, -1]], rtol=1e-6)
