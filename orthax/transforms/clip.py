@@ -51,8 +51,9 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     def clipped(x: jax.Array) -> jax.Array:
         limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
         if jnp.iscomplexobj(x):
-            x_ = x * jnp.where(size > 1, 0.25, 1.0)  # whose magnitude does not overflow
-            outside = x_ * (limit / jnp.where(size > 0, jnp.abs(x_), 1))
+            # Neither the magnitude of what is left overflows nor its reciprocal underflows.
+            less = x * jnp.where(size > 1, 2.0**-4, 1.0)
+            outside = less * (limit / jnp.where(size > 0, jnp.abs(less), 1))
         else:
             outside = jnp.copysign(limit, x)
         # With a NaN as limit every entry is outside.
