@@ -251,7 +251,8 @@ def draw_losses(axes: Axes, runs: dict[str, list[Curve]], against: str) -> None:
     axes.set_ylim(0.97 * lowest, 2 * lowest)  # leaves out the first steps from chance level
     axes.set_ylabel("held-out loss (nats per byte)")
     axes.grid(alpha=0.3)
-    axes.legend(title=f"dot: reaches {next(iter(runs))}'s final loss", title_fontsize="small")
+    title = f"dot: reaches {next(iter(runs))}'s final loss"
+    axes.legend(title=title, title_fontsize="small", fontsize="small", loc="upper right")
 
 
 def draw_sweep(axes: Axes, grids: dict[str, dict[float, float]], best: dict[str, float]) -> None:
