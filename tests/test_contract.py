@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import chex
 import flax.serialization
@@ -184,8 +185,12 @@ def test_unknown_extra_arguments_are_ignored(case):
     if not case.any_tree:  # optax.chain and the other wrappers do this for a plain transformation
         update = optax.with_extra_args_support(transformation).update
     extra = {"value": 1.0, "nobody_knows_this": jnp.ones(2)}
-    program = jax.make_jaxpr(functools.partial(update, **extra))(g, state, params)
-    assert str(program) == str(jax.make_jaxpr(update)(g, state, params))
+    programs = [
+        str(jax.make_jaxpr(function)(g, state, params))
+        for function in (functools.partial(update, **extra), update)
+    ]
+    # Old versions of JAX print where in memory a function lies.
+    assert re.sub("0x[0-9a-f]+", "", programs[0]) == re.sub("0x[0-9a-f]+", "", programs[1])
 
 
 @every_case

@@ -221,6 +221,9 @@ def test_complex_matrices_are_scaled_by_their_magnitudes(mode):
     assert oracles.relative_error(scaled(x, mode), turned) < 2e-6
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 writes the normalised matrix to memory"
+)
 @every_mode
 def test_nothing_of_the_size_of_the_matrix_is_kept_beside_it(mode):
     transform, x = orthax.scale_by_cosh_rms(mode=mode), jax.ShapeDtypeStruct((256, 512), "float32")
