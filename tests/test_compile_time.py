@@ -18,11 +18,11 @@ def trace_and_compile(optimizer, params):
     return time.perf_counter() - started, len(lowered.as_text())
 
 
-def test_192_small_matrices_compile_in_three_tenths_of_optax_muons_time_and_360_kilobytes():
+def test_192_small_matrices_compile_in_three_tenths_of_optax_muons_time_and_350_kilobytes():
     params = {
         f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for i in range(192)
     }
     theirs, _ = trace_and_compile(optax.contrib.muon(1e-3), params)
     ours, size = trace_and_compile(orthax.muon(1e-3), params)
-    assert size <= 360_000
+    assert size <= 350_500
     assert ours <= 0.3 * theirs

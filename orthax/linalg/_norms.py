@@ -61,14 +61,13 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     # Not the magnitude of a complex entry, which may overflow.
     size = jnp.maximum(abs(x.real), abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     scale = jnp.max(size, axis=(-2, -1), keepdims=True, initial=0)
-    counts = scale > max(eps, float(jnp.finfo(x.dtype).tiny))
-    scale = jnp.where(counts | jnp.isnan(scale), scale, 0)
+    scale = scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
-    less = jnp.where(scale > 1, 0.25, 1.0)
+    less = 1 - 0.75 * (scale > 1)
     return (x * less) / jnp.where(scale == 0, jnp.inf, scale * less), scale
 
 
 def norm_of_scaled(scaled: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix that `unit_max` returns; 1 for a zero matrix."""
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
-    return jnp.sqrt(jnp.where(squares == 0, 1, squares))
+    return jnp.sqrt(squares + (squares == 0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from orthax.linalg._explicit import explicit_sharding, on_auto_axes, run_in_auto_mode
 
@@ -134,4 +135,5 @@ def map_in_place(method: Method, stack: jax.Array) -> jax.Array:
         matrix = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(stack, method(matrix), i, 0)
 
-    return jax.lax.fori_loop(0, stack.shape[0], replace, stack)
+    # An unsigned index needs no code for negative ones.
+    return jax.lax.fori_loop(np.uint32(0), np.uint32(stack.shape[0]), replace, stack)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from orthax.linalg._norms import unit_max
+from orthax.linalg._norms import norm_of_scaled, unit_max
 from orthax.linalg._symmetric import gram, inverse
 from orthax.linalg._validate import check_matrices
 
@@ -183,16 +183,15 @@ def _polar(x: jax.Array, functions: tuple[SignFunction, ...]) -> jax.Array:
     for function in functions:
         r = gram(y, lax.Precision.HIGHEST)
         if square is None:
-            squares = jnp.sum(jnp.square(jnp.abs(r)))
-            square = jnp.sqrt(jnp.where(squares == 0, 1, squares))
-        factor = _rational_factor(r / square, function) / jnp.sqrt(square)
+            square = norm_of_scaled(r)
+        factor = _rational_factor(r / square, function) * (function.scale / jnp.sqrt(square))
         y = jnp.matmul(factor.astype(y.dtype), y, precision=lax.Precision.HIGHEST)
         square = (1 + function.error) ** 2
     return y.astype(x.dtype)
 
 
 def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
-    """M (I + sum_j a_j (r + t_j I)^-1)."""
+    """I + sum_j a_j (r + t_j I)^-1."""
     identity = jnp.eye(r.shape[0], dtype=r.dtype)
 
     def add(total: jax.Array, pole: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -202,4 +201,4 @@ def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
     real = jnp.finfo(r.dtype).dtype
     poles = (jnp.asarray(function.residues, real), jnp.asarray(function.shifts, real))
     total, _ = lax.scan(add, identity, poles)  # one program for all poles
-    return function.scale * total
+    return total
