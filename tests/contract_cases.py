@@ -54,6 +54,11 @@ def orthogonalize(method=newton_schulz, stack=True):
     return orthax.orthogonalize(method, stack=stack)
 
 
+def low_rank(**options: Any) -> dict[str, Any]:
+    """Arguments of `orthax.low_rank`; all that are no numbers to inject are given."""
+    return {"rank": 3, "update_every": 1, "seed": 0, "inner": optax.scale_by_adam(), **options}
+
+
 two_passes = functools.partial(zolotarev, passes=2)
 
 
@@ -63,7 +68,9 @@ def is_matrix(tree: Any) -> Any:
 
 
 def optimizer(name: str, factory: Callable[..., Any], *numbers: str, **kwargs: Any) -> Case:
-    numbers = ("learning_rate", "momentum", "weight_decay", *numbers)
+    parameters = inspect.signature(factory).parameters
+    shared = [n for n in ("learning_rate", "momentum", "weight_decay") if n in parameters]
+    numbers = (*shared, *numbers)
     kwargs = {"learning_rate": 0.1, **kwargs}
     needs_params = kwargs.get("weight_decay", 0) != 0
     return Case(name, factory, kwargs, True, needs_params, numbers)
@@ -104,6 +111,38 @@ CASES = (
         numbers=("gamma",),
     ),
     Case("scale_by_cosh_rms(rms)", orthax.scale_by_cosh_rms, {"mode": "rms"}, numbers=("gamma",)),
+    Case(
+        "scale_by_adam_per_index",
+        orthax.scale_by_adam_per_index,
+        {"b2": 0.99},  # 0.999 is 1 in bfloat16
+        numbers=("b1", "b2", "eps"),
+    ),
+    Case("low_rank", orthax.low_rank, low_rank()),
+    Case(
+        "low_rank(identity, error feedback)",
+        orthax.low_rank,
+        low_rank(inner=optax.identity(), retain=0.0, rank=0.5),
+        numbers=("retain",),
+    ),
+    Case(
+        "low_rank(int8)",
+        orthax.low_rank,
+        low_rank(inner=optax.trace(0.9), retain=0.5, buffer_dtype="int8", basis="dct3"),
+        numbers=("retain",),
+    ),
+    Case(
+        "low_rank(int4)",
+        orthax.low_rank,
+        low_rank(retain=0.5, buffer_dtype="int4", rounding="stochastic", basis="columns"),
+        numbers=("retain",),
+    ),
+    Case(
+        "low_rank(random, every second)",
+        orthax.low_rank,
+        low_rank(inner=orthax.scale_by_adam_per_index(), basis="random", update_every=2),
+    ),
+    Case("low_rank(svd)", orthax.low_rank, low_rank(basis="svd", update_every=2)),
+    Case("low_rank(subspace)", orthax.low_rank, low_rank(basis="subspace", retain=0.9)),
     Case("normalize_neurons", orthax.normalize_neurons, {}, numbers=("decay", "eps")),
     Case(
         "normalize_neurons(long)",
@@ -135,6 +174,26 @@ CASES = (
     optimizer("auon", orthax.auon, "gamma"),
     optimizer("auon(code)", orthax.auon, "gamma", **repository),
     optimizer("auon(rms, options)", orthax.auon, "gamma", mode="rms", **options_of_auon),
+    optimizer("trion", orthax.trion, rank=3, update_every=1),
+    optimizer("trion(options)", orthax.trion, rank=4, ranking="l1", update_every=2, **options),
+    optimizer("dct_adamw", orthax.dct_adamw, "b1", "b2", "eps", b2=0.99, rank=3, update_every=1),
+    optimizer(
+        "dct_adamw(options)",
+        orthax.dct_adamw,
+        "b1",
+        "b2",
+        "eps",
+        b2=0.99,
+        rank=0.5,
+        update_every=2,
+        error_feedback=True,
+        buffer_dtype="int8",
+        bias_correction="global",
+        **{
+            name: options[name]
+            for name in ("weight_decay", "mask", "dimension_numbers", "mu_dtype")
+        },
+    ),
     optimizer("hybrid_auon", orthax.hybrid_auon, "gamma", steps=1),
     optimizer("hybrid_auon(options)", orthax.hybrid_auon, "gamma", steps=2, **options_of_auon),
 )

@@ -152,7 +152,8 @@ def test_buffers_of_params_and_state_can_be_donated(case):
     for g in grads:
         given = jax.tree.leaves((donated, donated_state))
         donated, donated_state = step(g, donated_state, donated)
-        assert all(x.is_deleted() for x in given if x.ndim > 1)
+        # Indices of a subspace that is chosen anew are not even read.
+        assert all(x.is_deleted() for x in given if x.ndim > 1 and x.dtype != jnp.int32)
         updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
     assert_close(donated, params)
@@ -323,15 +324,18 @@ def test_map_params_reaches_all_of_the_state_that_follows_params_and_no_counter(
         transformation, lambda x: "params", state, transform_non_params=lambda x: "other"
     )
     kinds = jax.tree.map(
-        lambda x: "other" if jnp.issubdtype(x.dtype, jnp.integer) else "params", state
+        # A scalar integer counts; whole arrays of them are indices or codes, for each leaf.
+        lambda x: "other" if jnp.issubdtype(x.dtype, jnp.integer) and not x.ndim else "params",
+        state,
     )
     assert mapped == kinds
     if case.any_tree:
         assert {"params", "other"} <= set(jax.tree.leaves(mapped))
 
 
-# A packed leaf's second moments are a tuple, one per section, which no leaf of params matches.
-leaf_by_leaf = [case for case in CASES if case.name != "normuon(options)"]
+# A packed leaf has a tuple in some states, one entry per section, which no leaf of params matches.
+packed = {"normuon(options)", "trion(options)", "dct_adamw(options)"}
+leaf_by_leaf = [case for case in CASES if case.name not in packed]
 
 
 @pytest.mark.parametrize("case", leaf_by_leaf, ids=lambda case: case.name)

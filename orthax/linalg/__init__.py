@@ -1,6 +1,10 @@
-"""Pure functions on matrices, shape (..., m, n): norms and polar factors, exact and approximate."""
+"""Pure functions on matrices, shape (..., m, n): norms, polar factors, cosine transforms."""
 
 from orthax.linalg import coefficients as coefficients
+from orthax.linalg._columns import top_columns as top_columns
+from orthax.linalg._dct import dct as dct
+from orthax.linalg._dct import dct_matrix as dct_matrix
+from orthax.linalg._dct import idct as idct
 from orthax.linalg._gram import gram_newton_schulz as gram_newton_schulz
 from orthax.linalg._newton_schulz import newton_schulz as newton_schulz
 from orthax.linalg._norms import frobenius_norm as frobenius_norm

@@ -23,7 +23,8 @@ def matrix_optimizer(
     mask: Any,
     fallback: optax.GradientTransformation | None,
     dimension_numbers: Any,
-    mu_dtype: Any,
+    mu_dtype: Any = None,
+    adam: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, a direction for matrices, decay and learning rate; the rest to a fallback.
 
@@ -38,6 +39,7 @@ def matrix_optimizer(
         learning rate, decay and mask.
       dimension_numbers: As in `orthax.as_matrices`.
       mu_dtype: Dtype of the default fallback's first moment.
+      adam: What the default fallback scales by; None: Adam with optax's default moments.
 
     Returns:
       The optimizer.
@@ -49,7 +51,7 @@ def matrix_optimizer(
     rate = optax.scale_by_learning_rate(learning_rate)
     steps = optax.chain(momentum, direction, decay, rate)
     if fallback is None:
-        adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+        adam = adam or optax.scale_by_adam(mu_dtype=mu_dtype)
         fallback = accumulate_float16_in_float32(optax.chain(adam, decay, rate))
     return partition_matrices(accumulate_float16_in_float32(steps), fallback, dimension_numbers)
 
@@ -60,15 +62,7 @@ def momentum_trace(
     """Returns `optax.trace` for a number, and a transformation as it is."""
     if is_transformation(momentum):
         return momentum
-    if not isinstance(momentum, NUMBER):
-        raise TypeError(
-            f"{call}: momentum must be a number in [0, 1) or an optax transformation, "
-            f"got {momentum!r}."
-        )
-    if not isinstance(momentum, Tracer) and not 0 <= momentum < 1:
-        raise ValueError(
-            f"{call}: momentum must lie in [0, 1) or be a transformation, got {momentum!r}."
-        )
+    check_momentum(call, momentum, "a number in [0, 1) or an optax transformation")
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -83,6 +77,28 @@ def momentum_trace(
         return results, jax.tree.map(lambda x, t: x.astype(t.dtype), new, state)
 
     return optax.GradientTransformation(trace.init, update)
+
+
+def adam_moments(
+    b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike, eps: jax.typing.ArrayLike, mu_dtype: Any
+) -> optax.GradientTransformation:
+    """Returns `optax.scale_by_adam` whose state keeps its dtypes when its numbers are injected."""
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        results, new = adam.update(updates, state, params)
+        results = jax.tree.map(lambda x, g: x.astype(g.dtype), results, updates)
+        return results, jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def check_momentum(call: str, momentum: Any, accepted: str = "a number in [0, 1)") -> None:
+    """Raises unless `momentum` is a number in [0, 1) or a tracer of one."""
+    if not isinstance(momentum, NUMBER):
+        raise TypeError(f"{call}: momentum must be {accepted}, got {momentum!r}.")
+    if not isinstance(momentum, Tracer) and not 0 <= momentum < 1:
+        raise ValueError(f"{call}: momentum must be {accepted}, got {momentum!r}.")
 
 
 def weight_decay_step(

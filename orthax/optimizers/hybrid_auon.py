@@ -1,6 +1,5 @@
 """Hybrid-AuON: AuON after a step or two of Newton-Schulz."""
 
-import numbers
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from orthax.linalg.coefficients import MUON
 from orthax.matrices import as_matrices
 from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
 from orthax.transforms import orthogonalize, scale_by_adam_rms, scale_by_cosh_rms
+from orthax.transforms._numbers import check_integer
 
 
 def hybrid_auon(
@@ -68,13 +68,7 @@ def hybrid_auon(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
-    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
-        raise TypeError(
-            f"hybrid_auon: steps must be an integer of at least 1, got {steps!r}. In "
-            "optax.inject_hyperparams, list it in static_args."
-        )
-    if steps < 1:
-        raise ValueError(f"hybrid_auon: steps must be at least 1, got {steps!r}.")
+    check_integer("hybrid_auon", "steps", steps, least=1)
     check_transformation("hybrid_auon", "shape_scale", shape_scale)
     iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * int(steps))
     direction = optax.chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)

@@ -1,7 +1,11 @@
 """Transformations of matrices, one idea per file."""
 
+from orthax.transforms.adam_per_index import ScaleByAdamPerIndexState as ScaleByAdamPerIndexState
+from orthax.transforms.adam_per_index import scale_by_adam_per_index as scale_by_adam_per_index
 from orthax.transforms.clip import clip_by_quantile as clip_by_quantile
 from orthax.transforms.cosh import scale_by_cosh_rms as scale_by_cosh_rms
+from orthax.transforms.low_rank import LowRankState as LowRankState
+from orthax.transforms.low_rank import low_rank as low_rank
 from orthax.transforms.normalize import NormalizeNeuronsState as NormalizeNeuronsState
 from orthax.transforms.normalize import normalize_neurons as normalize_neurons
 from orthax.transforms.orthogonalize import orthogonalize as orthogonalize

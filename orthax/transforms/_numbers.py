@@ -1,5 +1,6 @@
 """Numbers as arguments: plain, of NumPy, arrays, or tracers of `inject_hyperparams`."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +28,14 @@ def check_number(
         raise TypeError(f"{call}: {argument} must be a number, got {x!r}.")
     if not isinstance(x, Tracer) and not valid(x):
         raise ValueError(f"{call}: {argument} must {accepted}, got {x!r}.")
+
+
+def check_integer(call: str, argument: str, x: Any, *, least: int) -> None:
+    """Raises unless `x` is an integer, of Python or NumPy, and at least `least`."""
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+        raise TypeError(
+            f"{call}: {argument} must be an integer of at least {least}, got {x!r}. In "
+            "optax.inject_hyperparams, list it in static_args."
+        )
+    if x < least:
+        raise ValueError(f"{call}: {argument} must be at least {least}, got {x!r}.")

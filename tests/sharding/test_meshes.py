@@ -28,6 +28,14 @@ OPTIMIZERS = {
     "normuon": orthax.normuon(0.1, **OPTIONS),
     "root": orthax.root(0.1, **OPTIONS),
     "auon": orthax.auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
+    "trion": orthax.trion(0.1, 4, **OPTIONS),
+    "dct_adamw": orthax.dct_adamw(
+        0.1,
+        4,
+        error_feedback=True,
+        update_every=2,
+        dimension_numbers=OPTIONS["dimension_numbers"],
+    ),
     "hybrid_auon": orthax.hybrid_auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
 }
 TRANSFORMS = {
@@ -36,6 +44,20 @@ TRANSFORMS = {
     "orthogonalize(gram_newton_schulz)": orthax.orthogonalize(gram_newton_schulz, **QUICK),
     "orthogonalize(zolotarev)": orthax.orthogonalize(zolotarev),
     "orthogonalize(polar_svd)": orthax.orthogonalize(polar_svd),
+    **{
+        f"low_rank({basis})": orthax.low_rank(
+            optax.scale_by_adam(), 4, basis=basis, retain=0.5, buffer_dtype=dtype
+        )
+        for basis, dtype in {
+            "dct": None,
+            "dct3": "int8",
+            "hadamard": "int4",
+            "random": jnp.bfloat16,
+            "columns": None,
+            "svd": None,
+            "subspace": None,
+        }.items()
+    },
     "clip_by_quantile": orthax.clip_by_quantile(),
     "scale_by_cosh_rms": orthax.scale_by_cosh_rms(),
     "scale_by_cosh_rms(code)": orthax.scale_by_cosh_rms(mode="code"),

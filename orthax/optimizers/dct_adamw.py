@@ -1,0 +1,106 @@
+"""DCT-AdamW: AdamW whose moments live in a few columns of a cosine basis."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from orthax.matrices import as_matrices
+from orthax.optimizers._pieces import adam_moments, matrix_optimizer
+from orthax.transforms import low_rank, scale_by_adam_per_index
+
+_CORRECTIONS = ("per_index", "global")
+
+
+def dct_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | float | Callable[[int, int], int] = 128,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    *,
+    eps: jax.typing.ArrayLike = 1e-8,
+    error_feedback: bool = False,
+    basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
+    ranking: Literal["l1", "l2"] = "l2",
+    update_every: int = 1,
+    bias_correction: Literal["per_index", "global"] = "per_index",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    fallback: optax.GradientTransformation | None = None,
+    dimension_numbers: Any = None,
+    mu_dtype: Any = None,
+    buffer_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""DCT-AdamW, called as `optax.adamw(learning_rate)` is, with r / min(m, n) of its moments.
+
+    For each matrix :math:`A = (G + E) Q_r` are the coordinates of the gradient in the r columns of
+    a cosine basis where they are largest, and :math:`W \leftarrow W - \eta \, (\mathrm{Adam}(A)
+    Q_r^T + \lambda W)`. When the columns change, the moments of those that stay move with them.
+
+    Args:
+      learning_rate: Number or schedule; AdamW's values are a good start.
+      rank: Dimensions r: an integer, a fraction of the shorter side, or a function of (m, n); see
+        `orthax.low_rank`. Matrices whose shorter side is not above it are not projected.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      error_feedback: Whether what was left out is added to the next gradient, :math:`E = G + E - A
+        Q_r^T`, for a buffer of the parameters' size; otherwise it is lost.
+      basis: Of the projection; see `orthax.low_rank`, and for the two that follow. The paper's code
+        uses "dct3".
+      ranking: Norm by which columns are chosen.
+      update_every: Updates between choices of the subspace.
+      bias_correction: "per_index" knows how long each column has been in use; "global", the
+        paper's, counts all updates, so that the first step of a new column is 3.2 times too long.
+      weight_decay: As in `orthax.muon`, and so are all that follow.
+      mask: Which leaves decay.
+      fallback: Transformation for all other leaves; None: AdamW with the same arguments.
+      dimension_numbers: Which leaves are matrices and how.
+      mu_dtype: Dtype of first moments.
+      buffer_dtype: Of the error feedback: None (the gradient's; float32 for float16), a dtype, or
+        "int8" or "int4" for so many bits an entry.
+
+    Returns:
+      The optimizer; updates have the gradients' dtype and sharding.
+      State: per matrix 2 r max(m, n) numbers, r indices and twice r weights; the error feedback.
+
+    Raises:
+      ValueError: As `orthax.low_rank`, for unknown `bias_correction`, decays outside [0, 1).
+      TypeError: As `orthax.low_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp, orthax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+      >>> optimizer = orthax.dct_adamw(1e-3, rank=2)
+      >>> updates, state = optimizer.update(params, optimizer.init(params))
+
+    Reference:
+      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>.
+    """
+    if bias_correction not in _CORRECTIONS:
+        raise ValueError(
+            f"dct_adamw: bias_correction must be one of {_CORRECTIONS}, got {bias_correction!r}."
+        )
+    adam = adam_moments(b1, b2, eps, mu_dtype)
+    per_index = scale_by_adam_per_index(b1, b2, eps, mu_dtype=mu_dtype)
+    projected = low_rank(
+        per_index if bias_correction == "per_index" else adam,
+        rank,
+        basis=basis,
+        ranking=ranking,
+        retain=0.0 if error_feedback else None,
+        update_every=update_every,
+        buffer_dtype=buffer_dtype,
+    )
+    return matrix_optimizer(
+        "dct_adamw",
+        optax.identity(),
+        as_matrices(projected, dimension_numbers),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        fallback=fallback,
+        dimension_numbers=dimension_numbers,
+        adam=adam,
+    )

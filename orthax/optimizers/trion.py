@@ -1,0 +1,95 @@
+"""Trion: Muon in a few dimensions, whose momentum keeps what is left out."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from orthax.matrices import as_matrices
+from orthax.optimizers._pieces import check_momentum, check_transformation, matrix_optimizer
+from orthax.transforms import low_rank, orthogonalize, scale_by_adam_rms
+
+
+def trion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | float | Callable[[int, int], int] = 128,
+    momentum: jax.typing.ArrayLike = 0.95,
+    *,
+    basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
+    ranking: Literal["l1", "l2"] = "l2",
+    update_every: int = 1,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    orthogonalizer: optax.GradientTransformation = orthogonalize(),
+    shape_scale: optax.GradientTransformation = scale_by_adam_rms(),
+    fallback: optax.GradientTransformation | None = None,
+    dimension_numbers: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trion, called as `optax.adamw(learning_rate)` is.
+
+    For each matrix :math:`M \leftarrow M + G`; :math:`A = M Q_r` are its coordinates in the r
+    columns of a cosine basis where they are largest; :math:`W \leftarrow W - \eta \, (s \,
+    \mathrm{polar}(A) Q_r^T + \lambda W)`; and only what was used decays, :math:`M \leftarrow M -
+    (1 - \mu) A Q_r^T`. Orthogonalising costs r / min(m, n) of Muon's work. At full rank it is Muon
+    without Nesterov momentum.
+
+    Args:
+      learning_rate: Number or schedule. With the default shape scale an update of rank r has RMS
+        0.2 sqrt(r / min(fan_in, fan_out)): less than AdamW's, so the best rate is larger.
+      rank: Dimensions r: an integer, a fraction of the shorter side, or a function of (m, n); see
+        `orthax.low_rank`. Matrices whose shorter side is not above it are not projected.
+      momentum: A number in [0, 1).
+      basis: Of the projection; see `orthax.low_rank`, and for the two that follow. The paper's code
+        uses "dct3" for fan_in <= fan_out and "dct" for all others.
+      ranking: Norm by which columns are chosen; the paper's code uses "l1".
+      update_every: Updates between choices of the subspace.
+      weight_decay: As in `orthax.muon`, and so are all that follow.
+      mask: Which leaves decay.
+      orthogonalizer: Transformation of matrices, here of rank r.
+      shape_scale: Transformation of matrices; sees the whole shape.
+      fallback: Transformation for all other leaves.
+      dimension_numbers: Which leaves are matrices and how.
+      mu_dtype: Dtype of the momentum, or "int8" or "int4" for so many bits an entry.
+
+    Returns:
+      The optimizer; updates have the gradients' dtype and sharding.
+      State: Muon's, and r indices per matrix.
+
+    Raises:
+      ValueError: As `orthax.muon` and `orthax.low_rank`.
+      TypeError: As these.
+
+    Example:
+      >>> import jax.numpy as jnp, orthax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+      >>> optimizer = orthax.trion(1e-3, rank=2)
+      >>> updates, state = optimizer.update(params, optimizer.init(params))
+
+    Reference:
+      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, Algorithm 1.
+    """
+    check_momentum("trion", momentum)
+    check_transformation("trion", "orthogonalizer", orthogonalizer)
+    check_transformation("trion", "shape_scale", shape_scale)
+    projected = low_rank(
+        orthogonalizer,
+        rank,
+        basis=basis,
+        ranking=ranking,
+        retain=momentum,
+        update_every=update_every,
+        buffer_dtype=mu_dtype,
+    )
+    return matrix_optimizer(
+        "trion",
+        optax.identity(),  # the momentum is the buffer of low_rank
+        as_matrices(optax.chain(projected, shape_scale), dimension_numbers),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        fallback=fallback,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=None,
+    )

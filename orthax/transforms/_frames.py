@@ -1,0 +1,199 @@
+"""One leaf of `low_rank` and its subspace: which axis is projected, how far, and on what mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from orthax._default_rule import path_name
+from orthax._dimension_rules import leaf_path
+from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+from orthax.linalg._quantization import Quantized, dequantize, quantize
+from orthax.transforms._subspaces import Subspace, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A leaf of matrices (..., m, n) and the subspace of its shorter side, rows if they are equal.
+
+    Attributes:
+      path: Of the leaf, for error messages.
+      shape: Of the leaf.
+      rank: Dimensions of the subspace.
+      subspace: What it consists of.
+      sharding: Of the leaf, on Explicit mesh axes; None elsewhere.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int
+    subspace: Subspace
+    sharding: NamedSharding | None
+
+    @property
+    def axis(self) -> int:
+        """The axis that is projected, -2 or -1."""
+        return projected_axis(self.shape)
+
+    def first(self, x: jax.Array) -> Any:
+        """What a state keeps of the subspace before there was a gradient."""
+        return self._run(lambda x: self.subspace.first(self._turned(x), self.rank), self._kept, x)
+
+    def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
+        """The subspace for x, and the coordinates of x in it."""
+
+        def choose(x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
+            new, low = self.subspace.choose(self._turned(x), old)
+            return new, self._turned(low)
+
+        return self._run(choose, (self._kept, self._low), x, old)
+
+    def project(self, x: jax.Array, kept: Any) -> jax.Array:
+        """Coordinates of x: its shape with `rank` along the projected axis."""
+        return self._run(
+            lambda x, kept: self._turned(self.subspace.project(self._turned(x), kept)),
+            self._low,
+            x,
+            kept,
+        )
+
+    def expand(self, low: jax.Array, kept: Any) -> jax.Array:
+        """The matrices with these coordinates."""
+        return self._run(
+            lambda low, kept: self._turned(
+                self.subspace.expand(self._turned(low), kept, self.shape[self.axis])
+            ),
+            self.sharding,
+            low,
+            kept,
+        )
+
+    def move(self, start: jax.Array, old: Any, new: Any, x: jax.Array) -> jax.Array:
+        """What belongs to the coordinates of one subspace, for another; as it is at the start.
+
+        Args:
+          start: Whether there was no subspace yet.
+          old: The subspace until now.
+          new: The subspace from now on.
+          x: Shape of the coordinates, or 1 along axes other than `axis`.
+        """
+
+        def move(x: jax.Array, start: jax.Array, old: Any, new: Any) -> jax.Array:
+            moved = self._turned(self.subspace.move(self._turned(x), old, new))
+            return jnp.where(start, x, moved.astype(x.dtype))
+
+        return self._run(move, self.sharding and explicit_sharding(x), x, start, old, new)
+
+    def quantize(self, x: jax.Array, bits: int, key: jax.Array | None) -> Quantized:
+        """The leaf in a few bits an entry."""
+        row: Any = self._sharded(*self._spec[:-1], None)
+        codes: Any = self.sharding if bits == 8 else row
+        return self._run(lambda x, key: quantize(x, bits, key), Quantized(codes, row, row), x, key)
+
+    def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
+        """The leaf again."""
+        return self._run(
+            lambda *kept: dequantize(Quantized(*kept), bits, self.shape[-1]), self.sharding, *kept
+        )
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the coordinates."""
+        shape = list(self.shape)
+        shape[self.axis] = self.rank
+        return tuple(shape)
+
+    def _turned(self, x: jax.Array) -> jax.Array:
+        return x.mT if self.axis == -2 else x
+
+    def _run(self, fun: Callable[..., Any], out: Any, *args: Any) -> Any:
+        return fun(*args) if self.sharding is None else run_in_auto_mode(fun, out)(*args)
+
+    @property
+    def _spec(self) -> tuple[Any, ...]:
+        spec = self.sharding.spec if self.sharding else ()
+        return (*spec, *(None,) * (len(self.shape) - len(spec)))
+
+    @property
+    def _low(self) -> NamedSharding | None:
+        spec = list(self._spec)
+        if not isinstance(self.subspace, Whole):
+            spec[self.axis] = None
+        return self._sharded(*spec)
+
+    @property
+    def _kept(self) -> NamedSharding | None:
+        return self._sharded(*self._spec[:-2])  # the batch axes
+
+    def _sharded(self, *spec: Any) -> NamedSharding | None:
+        return self.sharding and self.sharding.update(spec=PartitionSpec(*spec))
+
+
+def projected_axis(shape: tuple[int, ...]) -> int:
+    """The shorter axis of matrices; rows, the fan-in, of square ones."""
+    return -2 if shape[-2] <= shape[-1] else -1
+
+
+def make_frames(tree: Any, rank: Any, subspace_of: Callable[[str, int], Subspace]) -> list[Frame]:
+    """A frame for each leaf of a tree of matrices.
+
+    Args:
+      tree: Arrays.
+      rank: As in `low_rank`.
+      subspace_of: Function of a leaf's path and the length of its projected axis.
+    """
+    frames = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path, n = path_name(leaf_path(keys)), min(np.shape(leaf)[-2:])
+        r = min(n, _rank_of(rank, path, np.shape(leaf)))
+        subspace = subspace_of(path, n) if r < n and np.size(leaf) else Whole()
+        frames.append(Frame(path, np.shape(leaf), r, subspace, explicit_sharding(leaf)))
+    return frames
+
+
+def random_matrices(tree: Any, rank: Any, seed: int) -> Any:
+    """A random orthogonal matrix for each n, in the place of the first leaf that needs it."""
+    drawn = set()
+
+    def draw(keys: Any, leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        n = min(shape[-2:])
+        if n in drawn or _rank_of(rank, path_name(leaf_path(keys)), shape) >= n:
+            return optax.MaskedNode()
+        drawn.add(n)
+        dtype = jnp.finfo(jnp.promote_types(leaf.dtype, jnp.float32)).dtype
+        return jax.random.orthogonal(jax.random.fold_in(jax.random.key(seed), n), n, dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def check_rank(rank: Any) -> None:
+    """Raises unless `rank` is an integer, a fraction or a function."""
+    if callable(rank):
+        return
+    accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
+    if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
+        raise TypeError(
+            f"low_rank: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
+            "it in static_args."
+        )
+    if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
+        raise ValueError(f"low_rank: rank must be {accepted}, got {rank!r}.")
+
+
+def _rank_of(rank: Any, path: str, shape: tuple[int, ...]) -> int:
+    m, n = shape[-2:]
+    if not callable(rank):
+        return int(rank) if rank >= 1 else max(1, math.floor(float(rank) * min(m, n) + 0.5))
+    found = rank(m, n)
+    if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or found < 1:
+        raise ValueError(
+            f"low_rank: rank({m}, {n}) of '{path}' must be an integer of at least 1, got {found!r}."
+        )
+    return int(found)
