@@ -61,7 +61,17 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products. Parameters and losses are float32 always."""
 
+    # Low rank
+    rank: int = 32
+    """[trion, dct_adamw] Dimensions in which a kernel is updated."""
+    basis: str = "dct"
+    """[trion, dct_adamw] Of the projection: dct, dct3, random, hadamard, columns, svd, subspace."""
+    ranking: str = "l2"
+    """[trion, dct_adamw] Norm by which the dimensions are chosen, l1 or l2."""
+
     # Training
+    start_from: Path | None = None
+    """Checkpoint folder of a run with the same model, whose parameters to start from."""
     optimizer: str = "muon"
     """A name in OPTIMIZERS, such as adamw, muon, root."""
     learning_rate: float | None = None
@@ -120,6 +130,8 @@ LEARNING_RATES = {
     "auon_code": 25e-3,
     "auon_rms": 16e-3,
     "hybrid_auon": 1e-3,
+    "trion": 16e-3,
+    "dct_adamw": 4e-3,
 }
 
 SMOKE = {
@@ -341,6 +353,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     ),
     "auon_rms": functools.partial(orthax.auon, mode="rms"),
     "hybrid_auon": orthax.hybrid_auon,
+    "trion": orthax.trion,
+    "dct_adamw": orthax.dct_adamw,
     "sgd": lambda learning_rate, weight_decay, mask: optax.chain(
         optax.trace(decay=0.95, nesterov=True),
         optax.add_decayed_weights(weight_decay, mask),

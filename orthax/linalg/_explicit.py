@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -28,6 +29,17 @@ def on_auto_axes(x: Any) -> bool:
         kind == AxisType.Auto and size > 1
         for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     )
+
+
+def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
+    """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
+    if isinstance(like, Tracer):
+        sharding, put = explicit_sharding(like), jax.sharding.reshard
+    else:
+        sharding, put = getattr(like, "sharding", None), jax.device_put
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return put(x, sharding.update(spec=PartitionSpec()))
 
 
 def run_in_auto_mode(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orthax._default_rule import path_name
 from orthax._dimension_rules import leaf_path
-from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+from orthax.linalg._explicit import explicit_sharding, replicate_beside, run_in_auto_mode
 from orthax.linalg._quantization import Quantized, dequantize, quantize
 from orthax.transforms._subspaces import Subspace, Whole
 
@@ -43,36 +43,37 @@ class Frame:
 
     def first(self, x: jax.Array) -> Any:
         """What a state keeps of the subspace before there was a gradient."""
-        return self._run(lambda x: self.subspace.first(self._turned(x), self.rank), self._kept, x)
+
+        def first(subspace: Subspace, x: jax.Array) -> Any:
+            return subspace.first(self._turned(x), self.rank)
+
+        return self._run(first, self._kept, self.subspace, x)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""
 
-        def choose(x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
-            new, low = self.subspace.choose(self._turned(x), old)
+        def choose(subspace: Subspace, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
+            new, low = subspace.choose(self._turned(x), old)
             return new, self._turned(low)
 
-        return self._run(choose, (self._kept, self._low), x, old)
+        return self._run(choose, (self._kept, self._low), self.subspace, x, old)
 
     def project(self, x: jax.Array, kept: Any) -> jax.Array:
         """Coordinates of x: its shape with `rank` along the projected axis."""
-        return self._run(
-            lambda x, kept: self._turned(self.subspace.project(self._turned(x), kept)),
-            self._low,
-            x,
-            kept,
-        )
+
+        def project(subspace: Subspace, x: jax.Array, kept: Any) -> jax.Array:
+            return self._turned(subspace.project(self._turned(x), kept))
+
+        return self._run(project, self._low, self.subspace, x, kept)
 
     def expand(self, low: jax.Array, kept: Any) -> jax.Array:
         """The matrices with these coordinates."""
-        return self._run(
-            lambda low, kept: self._turned(
-                self.subspace.expand(self._turned(low), kept, self.shape[self.axis])
-            ),
-            self.sharding,
-            low,
-            kept,
-        )
+
+        def expand(subspace: Subspace, low: jax.Array, kept: Any) -> jax.Array:
+            n = self.shape[self.axis]
+            return self._turned(subspace.expand(self._turned(low), kept, n))
+
+        return self._run(expand, self.sharding, self.subspace, low, kept)
 
     def move(self, start: jax.Array, old: Any, new: Any, x: jax.Array) -> jax.Array:
         """What belongs to the coordinates of one subspace, for another; as it is at the start.
@@ -168,7 +169,8 @@ def random_matrices(tree: Any, rank: Any, seed: int) -> Any:
             return optax.MaskedNode()
         drawn.add(n)
         dtype = jnp.finfo(jnp.promote_types(leaf.dtype, jnp.float32)).dtype
-        return jax.random.orthogonal(jax.random.fold_in(jax.random.key(seed), n), n, dtype=dtype)
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        return replicate_beside(jax.random.orthogonal(key, n, dtype=dtype), leaf)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
 

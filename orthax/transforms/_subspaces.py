@@ -2,8 +2,8 @@
 
 Families with the same five functions:
 
-  * `Selection`, `Transformed`: columns of one fixed orthonormal basis Q. Kept are their indices,
-    (..., r), increasing. When they change, what belonged to an index moves with it.
+  * `Selection`, `Transformed`, `Stored`: columns of one fixed orthonormal basis Q. Kept are their
+    indices, (..., r), increasing. When they change, what belonged to an index moves with it.
   * `Adaptive`: columns made from the matrix itself, kept as (..., n, r). When they change, what
     was measured along the old ones is rotated to the new ones.
   * `Whole`: no projection.
@@ -71,7 +71,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Transformed(Selection):
-    """Columns of a basis with a transform of its own.
+    """Columns of a basis that is computed where it is needed.
 
     Attributes:
       multiply: Function of x to x Q.
@@ -92,6 +92,33 @@ class Transformed(Selection):
     def expand(self, low: jax.Array, indices: jax.Array, n: int) -> jax.Array:
         """The matrix with these coordinates, (..., m, n)."""
         return _product(low, self.columns(n, indices, low.real.dtype).mT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(Selection):
+    """Columns of a basis that is kept.
+
+    Attributes:
+      matrix: Q, (n, n).
+    """
+
+    matrix: jax.Array
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """All coordinates, x Q."""
+        return _product(x, self.matrix)
+
+    def project(self, x: jax.Array, indices: jax.Array) -> jax.Array:
+        """Coordinates of x, (..., m, r)."""
+        return _product(x, self._rows(indices).mT)
+
+    def expand(self, low: jax.Array, indices: jax.Array, n: int) -> jax.Array:
+        """The matrix with these coordinates, (..., m, n)."""
+        del n
+        return _product(low, self._rows(indices))
+
+    def _rows(self, indices: jax.Array) -> jax.Array:
+        return self.matrix.mT[indices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +197,12 @@ class Whole:
 
 Subspace = Selection | Adaptive | Whole
 
+# Arrays in them are arguments of what runs on a mesh.
+for _kind in (Selection, Transformed, Stored, Adaptive, Whole):
+    _names = [field.name for field in dataclasses.fields(_kind)]
+    _data = [name for name in _names if name in ("matrix", "key")]
+    jax.tree_util.register_dataclass(_kind, _data, [n for n in _names if n not in _data])
+
 
 def make_subspace(
     path: str,
@@ -197,16 +230,13 @@ def make_subspace(
         return Selection(ranking)
     if basis == "hadamard":
         check_hadamard_size(f"low_rank: '{path}'", n)
-
-    def random_columns(n: int, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        del n
-        return jnp.moveaxis(jnp.asarray(matrix, dtype)[:, indices], 0, -2)
-
+    if basis == "random":
+        assert matrix is not None
+        return Stored(ranking, matrix)
     multiply, columns = {
         "dct": (dct, dct_columns),
         "dct3": (idct, functools.partial(dct_columns, transposed=True)),
         "hadamard": (hadamard_transform, hadamard_columns),
-        "random": (lambda x: _product(x, jnp.asarray(matrix)), random_columns),
     }[basis]
     return Transformed(ranking, multiply, columns)
 
