@@ -153,6 +153,7 @@ FREE_ON_RESUME = {"data", "log", "plot", "checkpoint_dir", "checkpoint_every", "
 def settings_that_matter(config: Config) -> dict[str, Any]:
     """The settings that losses depend on, besides the corpus."""
     settings = dataclasses.asdict(config)
+    settings["start_from"] = None if config.start_from is None else str(config.start_from)
     return {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
 
 
@@ -363,6 +364,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+# These take a rank, a basis and a ranking, too.
+LOW_RANK = ("trion", "dct_adamw")
+
+
 def peak_rate(config: Config) -> float:
     """The learning rate given, or the stored one."""
     given = config.learning_rate
@@ -385,9 +390,10 @@ def decayed(params: Any) -> Any:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer that the settings name, with the schedule and mask all of them share."""
-    optimizer = OPTIMIZERS[config.optimizer](
-        learning_rate_schedule(config), weight_decay=config.weight_decay, mask=decayed
-    )
+    options: dict[str, Any] = {"weight_decay": config.weight_decay, "mask": decayed}
+    if config.optimizer in LOW_RANK:
+        options |= {"rank": config.rank, "basis": config.basis, "ranking": config.ranking}
+    optimizer = OPTIMIZERS[config.optimizer](learning_rate_schedule(config), **options)
     if config.outliers:
         optimizer = optax.chain(add_outliers(config.outliers, config.seed), optimizer)
     return optimizer
@@ -466,6 +472,8 @@ def init_state(config: Config) -> tuple[nnx.GraphDef, State]:
     """The model's static part, and the initial state drawn from the seed."""
     graphdef, params = nnx.split(GPT(config, nnx.Rngs(config.seed)))
     params = nnx.as_pure(params)  # plain arrays at paths such as blocks, 0, up, kernel
+    if config.start_from is not None:
+        params = trained_params(config.start_from, params)
     return graphdef, State(params, make_optimizer(config).init(params))
 
 
@@ -551,6 +559,32 @@ def open_log(path: Path | None, rows: list[Row]) -> TextIO:
         csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
     begun.replace(path)  # in one move: a kill leaves the old log or the new one
     return path.open("a", newline="")
+
+
+def trained_params(folder: Path, like: Any) -> Any:
+    """The parameters in the last checkpoint of another run.
+
+    Raises:
+        ValueError: If there is none, or its model has other shapes.
+    """
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            msg = f"start_from={folder} holds no checkpoint."
+            raise ValueError(msg)
+        arguments = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        settings: Any = manager.restore(step, args=arguments).settings
+        known = {field.name for field in dataclasses.fields(Config)}
+        settings = {name: value for name, value in settings.items() if name in known}
+        config = dataclasses.replace(Config(**settings), start_from=None)
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, init_state(config)[1])
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        params = manager.restore(step, args=arguments).state.params
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, like)]
+    if shapes[0] != shapes[1]:
+        msg = f"start_from={folder} holds another model: give its width, layers and context."
+        raise ValueError(msg)
+    return params
 
 
 class Checkpoints:

@@ -483,21 +483,20 @@ def final_select_loss(grid: dict[float, Curve]) -> dict[float, float]:
     return {rate: grid[rate].select[-1] for rate in sorted(grid)}
 
 
-def measure_step_seconds(options: Options, best: dict[str, float]) -> dict[str, float]:
-    """Median time of a training step of each optimizer, the optimizers taking turns.
+def measure_step_seconds(configs: dict[str, gpt.Config], rounds: int) -> dict[str, float]:
+    """Median time of a training step of each run, the runs taking turns.
 
     Whatever else the machine does slows all of them alike.
     """
-    corpus = gpt.read_corpus(options.data)
-    batches = gpt.make_batches(corpus, run_settings(options, *next(iter(best.items())), seed=0))
-    steps, states, times = {}, {}, {name: [] for name in best}
-    for name, rate in best.items():
-        config = run_settings(options, name, rate, seed=0)
+    first = next(iter(configs.values()))
+    batches = gpt.make_batches(gpt.read_corpus(first.data), first)
+    steps, states, times = {}, {}, {name: [] for name in configs}
+    for name, config in configs.items():
         graphdef, states[name] = gpt.init_state(config)
         steps[name] = gpt.make_train_step(config, graphdef, states[name], batches[0])
     warm_up = 3
-    for turn in range(warm_up + options.timing_rounds):
-        for name in best:
+    for turn in range(warm_up + rounds):
+        for name in configs:
             started = time.perf_counter()
             states[name], loss = steps[name](states[name], batches[turn])
             loss.block_until_ready()
@@ -516,7 +515,8 @@ def compare(options: Options, folder: Path) -> str:
         pairs = [(name, seed) for name in best for seed in range(options.seeds)]
         configs = [run_settings(options, name, best[name], seed) for name, seed in pairs]
         repeated = runner.run(configs, "seeds")
-    step_seconds = measure_step_seconds(options, best)
+    timed = {name: run_settings(options, name, rate, seed=0) for name, rate in best.items()}
+    step_seconds = measure_step_seconds(timed, options.timing_rounds)
     runs = {
         name: [
             curve._replace(seconds=[step * step_seconds[name] for step in curve.steps])
