@@ -24,5 +24,5 @@ def test_192_small_matrices_compile_in_three_tenths_of_optax_muons_time_and_350_
     }
     theirs, _ = trace_and_compile(optax.contrib.muon(1e-3), params)
     ours, size = trace_and_compile(orthax.muon(1e-3), params)
-    assert size <= 350_500
+    assert size <= 350_000
     assert ours <= 0.3 * theirs

@@ -64,10 +64,11 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     scale = scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
     less = 1 - 0.75 * (scale > 1)
-    return (x * less) / jnp.where(scale == 0, jnp.inf, scale * less), scale
+    divisor = jax.lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
+    return (x * less) / divisor, scale
 
 
 def norm_of_scaled(scaled: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix that `unit_max` returns; 1 for a zero matrix."""
-    squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
+    squares = jnp.sum(jnp.real(scaled * jnp.conj(scaled)), axis=(-2, -1), keepdims=True)
     return jnp.sqrt(squares + (squares == 0))
