@@ -5,6 +5,8 @@ column. The papers and their PyTorch codes write the transpose.
 """
 
 import numpy as np
+import scipy.fft
+import scipy.linalg
 import scipy.optimize
 
 MUON_TRIPLE = (3.4445, -4.7750, 2.0315)
@@ -406,6 +408,101 @@ def auon(
             u = newton_schulz(u, (MUON_TRIPLE,) * steps)
         o = cosh_direction(u, gamma, mode)
         p = p * (1 - learning_rate * weight_decay) - learning_rate * factor(*p.shape[-2:]) * o
+        path.append(p)
+    return path
+
+
+def basis_matrix(name, n):
+    """The columns that `low_rank` names, (n, n); "hadamard" for powers of two."""
+    if name == "columns":
+        return np.eye(n)
+    if name == "hadamard":
+        return scipy.linalg.hadamard(n) / n**0.5
+    return scipy.fft.dct(np.eye(n), type={"dct": 2, "dct3": 3}[name], norm="ortho")
+
+
+def shorter_last(x):
+    """The matrix with its shorter side last; the rows, its fan-in, where it is square."""
+    return mT(x) if x.shape[-2] <= x.shape[-1] else x
+
+
+def largest_columns(x, rank, ranking="l2"):
+    """Indices of the columns of largest norm, in increasing order."""
+    norms = (np.abs(x) ** {"l1": 1, "l2": 2}[ranking]).sum(-2)
+    return np.sort(np.argsort(-norms, kind="stable")[:rank])
+
+
+def trion(
+    p,
+    gradients,
+    learning_rate,
+    rank,
+    *,
+    basis,
+    momentum=0.95,
+    ranking="l2",
+    update_every=1,
+    weight_decay=0.0,
+    table=MUON_TABLE,
+    factor=adam_rms_factor,
+    orthogonalize=None,
+):
+    """Trion (2505.17967), Algorithm 1, and its code; `basis` holds the columns to choose from."""
+    p = float64(p)
+    m, path = np.zeros_like(shorter_last(p)), []
+    for t, g in enumerate(gradients):
+        m = m + shorter_last(float64(g))
+        if t % update_every == 0:
+            q = basis[:, largest_columns(m @ basis, rank, ranking)]
+        a = m @ q
+        m = m - (1 - momentum) * a @ q.T
+        o = newton_schulz(a, table) if orthogonalize is None else orthogonalize(a)
+        u = factor(*p.shape) * o @ q.T
+        u = u if p.shape[0] > p.shape[1] else u.T
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * u
+        path.append(p)
+    return path
+
+
+def dct_adamw(
+    p,
+    gradients,
+    learning_rate,
+    rank,
+    *,
+    basis,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    error_feedback=False,
+    ranking="l2",
+    update_every=1,
+    bias_correction="per_index",
+    weight_decay=0.0,
+):
+    """DCT-AdamW (2505.17967) and its code: moments by index, zeros where it is not in use.
+
+    Its bias correction counts all updates ("global"); "per_index" those since an index came in.
+    """
+    p, path = float64(p), []
+    error, mu, nu = (np.zeros_like(shorter_last(p)) for _ in range(3))
+    age = np.zeros(len(basis))
+    for t, g in enumerate(gradients):
+        a = error + shorter_last(float64(g))
+        if t % update_every == 0:
+            used = np.zeros(len(basis), bool)
+            used[largest_columns(a @ basis, rank, ranking)] = True
+            mu, nu, age = mu * used, nu * used, age * used
+        low = (a @ basis) * used
+        if error_feedback:
+            error = a - low @ basis.T
+        mu = np.where(used, b1 * mu + (1 - b1) * low, 0)
+        nu = np.where(used, b2 * nu + (1 - b2) * low**2, 0)
+        age = age + used
+        steps = np.maximum(age, 1) if bias_correction == "per_index" else t + 1
+        u = (mu / (1 - b1**steps) / (np.sqrt(nu / (1 - b2**steps)) + eps)) @ basis.T
+        u = u if p.shape[0] > p.shape[1] else u.T
+        p = p * (1 - learning_rate * weight_decay) - learning_rate * u
         path.append(p)
     return path
 

@@ -152,7 +152,7 @@ def _fft_is_faster(x: jax.Array) -> bool:
 def _dct_by_fft(x: jax.Array) -> jax.Array:
     n = x.shape[-1]
     spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
-    turned = spectrum * _turns(n, x.dtype).conj()
+    turned = spectrum * _turns(x).conj()
     return jnp.concatenate([turned.real, -turned.imag[..., 1 : (n + 1) // 2][..., ::-1]], axis=-1)
 
 
@@ -160,15 +160,17 @@ def _idct_by_fft(y: jax.Array) -> jax.Array:
     n = y.shape[-1]
     half = n // 2 + 1
     mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., : n - half : -1]], axis=-1)
-    spectrum = jax.lax.complex(y[..., :half], -mirrored) / _turns(n, y.dtype).conj()
+    spectrum = jax.lax.complex(y[..., :half], -mirrored) / _turns(y).conj()
     x = jnp.fft.irfft(spectrum, n)
     even, odd = x[..., : (n + 1) // 2], x[..., n // 2 :][..., ::-1]  # of an odd n, one too many
     return jnp.reshape(jnp.stack([even, odd], axis=-1), (*x.shape[:-1], -1))[..., :n]
 
 
-def _turns(n: int, dtype: Any) -> jax.Array:
-    """Scaled turns by quarter steps: s_k exp(i pi k / 2n) for the first half of the spectrum."""
+def _turns(x: jax.Array) -> jax.Array:
+    """Scaled turns s_k exp(i pi k / 2n) for the first half of a spectrum, (1, ..., n // 2 + 1)."""
+    n = x.shape[-1]
     k = np.arange(n // 2 + 1)
     scale = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
     turns = scale * np.exp(0.5j * np.pi * k / n)
-    return jnp.asarray(turns, jnp.promote_types(dtype, jnp.complex64))
+    turns = np.reshape(turns, (*(1,) * (x.ndim - 1), -1))
+    return jnp.asarray(turns, jnp.promote_types(x.dtype, jnp.complex64))

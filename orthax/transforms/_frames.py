@@ -192,7 +192,8 @@ def check_rank(rank: Any) -> None:
 def _rank_of(rank: Any, path: str, shape: tuple[int, ...]) -> int:
     m, n = shape[-2:]
     if not callable(rank):
-        return int(rank) if rank >= 1 else max(1, math.floor(float(rank) * min(m, n) + 0.5))
+        whole = isinstance(rank, (int, np.integer))
+        return int(rank) if whole else max(1, math.floor(float(rank) * min(m, n) + 0.5))
     found = rank(m, n)
     if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or found < 1:
         raise ValueError(

@@ -1,0 +1,302 @@
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+import tolerances
+
+import orthax
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
+LEAVES = ["tall", "wide", "square"]
+# The code multiplies moments by a dense, rounded rotation, where zeros are exact here.
+GOLDEN_PATH, GOLDEN_PATH_FLOAT64 = 3e-2, 1.2e-2
+# Flax kernels (fan_in, fan_out).
+SHAPES = {"expanding": (10, 24), "contracting": (24, 10), "square": (12, 12), "layers": (2, 8, 12)}
+
+settings = {"dimension_numbers": optax.contrib.MuonDimensionNumbers(-2, -1)}
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: (scale * rng.standard_normal(shape)).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def updates_of(optimizer, params, grads):
+    """Updates for every gradient, at the parameters that the updates before it lead to."""
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        yield updates
+
+
+def run(optimizer, params, grads):
+    """Parameters after every gradient."""
+    for updates in updates_of(optimizer, params, grads):
+        params = optax.apply_updates(params, updates)
+        yield params
+
+
+def golden(feedback, key):
+    data = np.load(GOLDEN)
+    return {leaf: data[f"dct_adamw_rot1_ef{feedback}/{key}/{leaf}"].T for leaf in LEAVES}
+
+
+def transcribed(p, grads, *args, basis, **options):
+    """The path of a leaf, slice by slice where it is a stack."""
+    q = oracles.basis_matrix(basis, min(p.shape[-2:]))
+    if p.ndim == 2:
+        return oracles.dct_adamw(p, grads, *args, basis=q, **options)
+    slices = [
+        oracles.dct_adamw(x, [g[i] for g in grads], *args, basis=q, **options)
+        for i, x in enumerate(p)
+    ]
+    return [np.stack(step) for step in zip(*slices, strict=True)]
+
+
+def array_bytes(state):
+    """Bytes of all leaves but the counters, which are scalars."""
+    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+
+
+# --- the published algorithm
+
+
+@pytest.mark.parametrize("feedback", [0, 1])
+def test_it_follows_the_published_code_for_six_steps(feedback):
+    start, end = golden(feedback, "p0"), golden(feedback, "p6")
+    grads = [golden(feedback, f"g{t}") for t in range(6)]
+    optimizer = orthax.dct_adamw(
+        0.01,
+        8,
+        basis="dct3",
+        error_feedback=bool(feedback),
+        bias_correction="global",
+        weight_decay=0.1,
+    )
+    *_, after = run(optimizer, start, grads)
+    for leaf in LEAVES:
+        error = np.linalg.norm(after[leaf] - end[leaf])
+        assert error < GOLDEN_PATH * np.linalg.norm(end[leaf] - start[leaf]), leaf
+
+
+@pytest.mark.parametrize("feedback", [0, 1])
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_the_oracle_follows_the_published_code_too(leaf, feedback):
+    start, end = golden(feedback, "p0")[leaf], golden(feedback, "p6")[leaf]
+    *_, after = transcribed(
+        start,
+        [golden(feedback, f"g{t}")[leaf] for t in range(6)],
+        0.01,
+        8,
+        basis="dct3",
+        error_feedback=bool(feedback),
+        bias_correction="global",
+        weight_decay=0.1,
+    )
+    error = np.linalg.norm(after - end)
+    assert error < GOLDEN_PATH_FLOAT64 * np.linalg.norm(end - start)
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_it_follows_the_transcription(bias_correction, error_feedback, update_every):
+    basis = "dct3" if error_feedback else "dct"
+    options = {
+        "b1": 0.8,
+        "b2": 0.95,
+        "eps": 1e-6,
+        "basis": basis,
+        "ranking": "l1" if update_every == 3 else "l2",
+        "bias_correction": bias_correction,
+        "error_feedback": error_feedback,
+        "update_every": update_every,
+        "weight_decay": 0.1,
+    }
+    params, grads = tree(0, 0.1), [tree(seed) for seed in range(1, 9)]
+    paths = {
+        leaf: transcribed(p, [g[leaf] for g in grads], 0.05, 4, **options)
+        for leaf, p in params.items()
+    }
+    before = params
+    optimizer = orthax.dct_adamw(0.05, 4, **options, **settings)
+    for t, after in enumerate(run(optimizer, params, grads)):
+        for leaf, path in paths.items():
+            step = np.abs(path[t] - before[leaf]).max()
+            error = np.abs(after[leaf] - path[t]).max()
+            assert error < tolerances.GOLDEN_STEP * step, (t, leaf, error / step)
+        before = {leaf: path[t] for leaf, path in paths.items()}
+
+
+def test_indices_do_change_in_these_tests():
+    """Otherwise the two bias corrections would agree."""
+    params, grads = tree(0), [tree(seed) for seed in range(1, 4)]
+    paths = [
+        transcribed(
+            params["expanding"],
+            [g["expanding"] for g in grads],
+            0.1,
+            4,
+            basis="dct",
+            bias_correction=correction,
+        )
+        for correction in ("per_index", "global")
+    ]
+    assert oracles.relative_error(paths[0][0], paths[1][0]) == 0
+    assert oracles.relative_error(paths[0][-1], paths[1][-1]) > 0.01
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_at_full_rank_it_is_adamw(bias_correction, error_feedback):
+    params, grads = tree(0), [tree(seed) for seed in range(1, 6)]
+    numbers = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = orthax.dct_adamw(
+        0.01,
+        12,
+        bias_correction=bias_correction,
+        error_feedback=error_feedback,
+        **numbers,
+        **settings,
+    )
+    ours = updates_of(optimizer, params, grads)
+    theirs = updates_of(optax.adamw(0.01, **numbers), params, grads)
+    for actual, expected in zip(ours, theirs, strict=True):
+        for leaf in params:
+            assert oracles.relative_error(actual[leaf], expected[leaf]) < 1e-5, leaf
+
+
+# --- new indices
+
+
+@pytest.mark.parametrize(("bias_correction", "size"), [("per_index", 1.0), ("global", 3.16)])
+def test_the_first_step_of_a_new_index_late_in_training(bias_correction, size):
+    """The global count multiplies it by (1 - b1) / sqrt(1 - b2)."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.zeros((6, 4))}
+    one, other = ({"kernel": np.zeros((6, 4), np.float32)} for _ in range(2))
+    one["kernel"][:, 1], other["kernel"][:, 2] = rng.standard_normal((2, 6))
+    optimizer = orthax.dct_adamw(1.0, 1, basis="columns", bias_correction=bias_correction)
+
+    def step(_, state):
+        return optimizer.update(one, state, params)[1]
+
+    state = jax.jit(lambda state: jax.lax.fori_loop(0, 8000, step, state))(optimizer.init(params))
+    updates, _ = optimizer.update(other, state, params)
+    expected = np.zeros((6, 4))
+    expected[:, 2] = -size * np.sign(other["kernel"][:, 2])
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=tolerances.PRINTED)
+
+
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_an_index_that_leaves_and_returns_starts_again(bias_correction):
+    rng = np.random.default_rng(0)
+    grads = [np.zeros((6, 4), np.float32) for _ in range(3)]
+    for g, index in zip(grads, (1, 2, 1), strict=True):
+        g[:, index] = rng.standard_normal(6)
+    optimizer = orthax.dct_adamw(1.0, 1, basis="columns", bias_correction=bias_correction)
+    params = {"kernel": np.zeros((6, 4), np.float32)}
+    *_, last = updates_of(optimizer, params, [{"kernel": g} for g in grads])
+    age = {"per_index": 1, "global": 3}[bias_correction]
+    size = 0.1 / (1 - 0.9**age) / np.sqrt(0.001 / (1 - 0.999**age))
+    np.testing.assert_allclose(last["kernel"], -size * np.sign(grads[2]), rtol=1e-4)
+
+
+# --- the state
+
+
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_at_a_quarter_of_the_rank_the_state_is_about_a_quarter_of_adamws(bias_correction):
+    shapes = [(128, 512), (512, 128), (128, 128)] * 2
+    params = {f"Dense_{i}": {"kernel": jnp.zeros(shape)} for i, shape in enumerate(shapes)}
+    ours = array_bytes(orthax.dct_adamw(0.1, 0.25, bias_correction=bias_correction).init(params))
+    numbers = sum(2 * 32 * max(shape) + 32 for shape in shapes)
+    weights = sum(2 * 32 for _ in shapes) if bias_correction == "per_index" else 0
+    assert ours == 4 * (numbers + weights)
+    assert ours < 0.35 * array_bytes(optax.adamw(0.1).init(params))
+
+
+@pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])
+def test_error_feedback_takes_the_bytes_of_its_dtype(buffer_dtype):
+    params = tree(0)
+    without = orthax.dct_adamw(0.1, 3, **settings)
+    optimizer = orthax.dct_adamw(0.1, 3, error_feedback=True, buffer_dtype=buffer_dtype, **settings)
+    rows = {leaf: int(np.prod(shape[:-1])) for leaf, shape in SHAPES.items()}
+    bits = {None: 32, jnp.bfloat16: 16, "int8": 8, "int4": 4}[buffer_dtype]
+    expected = sum(rows[leaf] * -(-shape[-1] * bits // 8) for leaf, shape in SHAPES.items())
+    if isinstance(buffer_dtype, str):
+        expected += 8 * sum(rows.values())  # scale and zero of each row
+    assert array_bytes(optimizer.init(params)) - array_bytes(without.init(params)) == expected
+
+
+@pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])
+def test_a_least_squares_problem_is_solved_with_any_error_feedback(buffer_dtype):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((64, 16)).astype(np.float32)
+    targets = inputs @ rng.standard_normal((16, 12)).astype(np.float32)
+    optimizer = orthax.dct_adamw(
+        optax.linear_schedule(0.1, 0.0, 200), 4, error_feedback=True, buffer_dtype=buffer_dtype
+    )
+
+    def loss(params):
+        return jnp.mean((inputs @ params["kernel"] - targets) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"kernel": jnp.zeros((16, 12))}
+    state, start = optimizer.init(params), loss(params)
+    for _ in range(200):
+        params, state = step(params, state)
+    assert loss(params) < 0.05 * start
+
+
+# --- the other leaves
+
+
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_leaves_that_are_not_matrices_follow_adamw_with_the_same_numbers(bias_correction):
+    rng = np.random.default_rng(0)
+    params = {"Dense_0": {"kernel": np.ones((8, 12), np.float32), "bias": np.ones(12, np.float32)}}
+    grads = [
+        jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
+        for _ in range(3)
+    ]
+    numbers = {"b1": 0.7, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+    optimizer = orthax.dct_adamw(0.01, 3, bias_correction=bias_correction, **numbers)
+    ours = updates_of(optimizer, params, grads)
+    theirs = updates_of(optax.adamw(0.01, **numbers), params, grads)
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(
+            actual["Dense_0"]["bias"], expected["Dense_0"]["bias"], rtol=1e-6, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("basis", ["dct", "svd"])
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_a_layer_without_gradient_does_not_move(bias_correction, basis):
+    params, g = tree(0), tree(1)
+    g["contracting"] = np.zeros_like(g["contracting"])
+    optimizer = functools.partial(orthax.dct_adamw, 0.1, 3, error_feedback=True, basis=basis)(
+        bias_correction=bias_correction, **settings
+    )
+    for updates in updates_of(optimizer, params, [g, g]):
+        assert not np.asarray(updates["contracting"]).any()
+        assert all(np.isfinite(u).all() for u in updates.values())
+
+
+def test_an_unknown_bias_correction_is_refused():
+    with pytest.raises(ValueError, match="bias_correction"):
+        orthax.dct_adamw(0.1, bias_correction="none")
