@@ -379,7 +379,7 @@ def test_moments_are_rotated_with_the_singular_vectors():
 def test_a_first_moment_without_negative_entries_turns_with_the_sign_of_its_column(basis):
     """Inputs of one sign give coordinates of one sign: that of the column, which is arbitrary.
 
-    LAPACK gives a column the sign opposite to its first entry's, which changes here.
+    QR gives a column the sign opposite to that of its first entry, which changes here.
     """
     transformation = orthax.low_rank(optax.trace(0.9), 1, basis=basis)
     gradients = [
