@@ -76,6 +76,8 @@ SMOKE = {
     "timing_rounds": 3,
 }
 
+PLACES = ("folder", "output")  # options that say where files are
+
 # Middle of the first grid of each optimizer.
 START_RATES = {"adamw": 1e-3, "dct_adamw": 2e-3, "trion": 4e-3}
 
@@ -278,7 +280,8 @@ def main(options: Options) -> list[Tuned]:
         draw(lines, options, output / "low_rank_finetuning.png")
         timed = {line.label: line.config for line in lines}
         step_seconds = measure_step_seconds(timed, options.timing_rounds)
-        record = {**origin(), "options": dataclasses.asdict(options)}
+        settings = dataclasses.asdict(options)
+        record = {**origin(), "options": {k: v for k, v in settings.items() if k not in PLACES}}
         record |= {"step_seconds": step_seconds}
         record |= {"runs": [line._replace(config=None)._asdict() for line in lines]}
         path = output / "low_rank_finetuning.json"

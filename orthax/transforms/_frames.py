@@ -41,6 +41,15 @@ class Frame:
         """The axis that is projected, -2 or -1."""
         return projected_axis(self.shape)
 
+    def check(self, kept: Any) -> None:
+        """Raises a `ValueError` if what a state keeps is not of this rank."""
+        found = 0 if isinstance(kept, optax.MaskedNode) else np.shape(kept)[-1]
+        if found != (0 if isinstance(self.subspace, Whole) else self.rank):
+            raise ValueError(
+                f"low_rank: '{self.path}' with shape {self.shape} has a state of rank "
+                f"{found or 'full'}, but its rank is now {self.rank}: a state keeps its rank."
+            )
+
     def first(self, x: jax.Array) -> Any:
         """What a state keeps of the subspace before there was a gradient."""
 
@@ -75,7 +84,9 @@ class Frame:
 
         return self._run(expand, self.sharding, self.subspace, low, kept)
 
-    def move(self, start: jax.Array, old: Any, new: Any, x: jax.Array) -> jax.Array:
+    def move(
+        self, start: jax.Array, old: Any, new: Any, x: jax.Array, *, signed: bool | None
+    ) -> jax.Array:
         """What belongs to the coordinates of one subspace, for another; as it is at the start.
 
         Args:
@@ -83,10 +94,11 @@ class Frame:
           old: The subspace until now.
           new: The subspace from now on.
           x: Shape of the coordinates, or 1 along axes other than `axis`.
+          signed: Whether x has signs, as a first moment; None if its entries must tell.
         """
 
         def move(x: jax.Array, start: jax.Array, old: Any, new: Any) -> jax.Array:
-            moved = self._turned(self.subspace.move(self._turned(x), old, new))
+            moved = self._turned(self.subspace.move(self._turned(x), old, new, signed))
             return jnp.where(start, x, moved.astype(x.dtype))
 
         return self._run(move, self.sharding and explicit_sharding(x), x, start, old, new)

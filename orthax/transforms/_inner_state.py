@@ -1,5 +1,6 @@
 """The state of a transformation inside `low_rank`, when its subspaces change."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,18 @@ import optax
 
 from orthax.transforms._frames import Frame
 from orthax.transforms._subspaces import Adaptive, Whole
+
+SIGNED = ("mu", "trace", "ema")
+SQUARED = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "rms", "mu_weight", "nu_weight")
+"""Names of moments in the states of optax and orthax, by their nature."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf of a state with its path, which `optax.tree.map_params` does not tell."""
+
+    keys: tuple[Any, ...]
+    value: Any
 
 
 def move_inner_state(
@@ -25,10 +38,22 @@ def move_inner_state(
       start: Whether there were none yet, so that the state stays as it is.
     """
 
-    def moved(x: Any, frame: Frame, old: Any, new: Any) -> Any:
-        return frame.move(start, old, new, x) if _follows(x, frame) else x
+    def moved(leaf: _Leaf, frame: Frame, old: Any, new: Any) -> Any:
+        if not _follows(leaf.value, frame):
+            return leaf.value
+        return frame.move(start, old, new, leaf.value, signed=_signed(leaf.keys))
 
-    return optax.tree.map_params(inner, moved, state, frames, old, new, is_leaf=_is_masked)
+    leaves = jax.tree_util.tree_map_with_path(_Leaf, state)
+    return optax.tree.map_params(
+        inner,
+        lambda leaf, *rest: leaf if _is_masked(leaf) else moved(leaf, *rest),
+        leaves,
+        frames,
+        old,
+        new,
+        transform_non_params=lambda leaf: leaf.value,
+        is_leaf=_is_masked,
+    )
 
 
 def check_inner_state(inner: Any, state: Any, frames: Any) -> None:
@@ -85,6 +110,12 @@ def _follows(x: Any, frame: Frame) -> bool:
     if x.ndim != len(frame.shape):
         return x.size != 1
     return x.shape[frame.axis] != 1 or frame.rank == 1
+
+
+def _signed(keys: tuple[Any, ...]) -> bool | None:
+    """Whether a leaf has signs by nature; None if its name does not tell."""
+    names = [getattr(key, "name", None) for key in keys]
+    return next((name in SIGNED for name in names if name in SIGNED + SQUARED), None)
 
 
 def _is_masked(x: Any) -> bool:

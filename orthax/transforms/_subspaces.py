@@ -62,8 +62,9 @@ class Selection:
         indices = top_columns(coordinates, old.shape[-1], self.ranking)
         return indices, _take_columns(coordinates, indices)
 
-    def move(self, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
         """Gathers what x, (..., r), has for each old index; a new one starts with zero."""
+        del signed
         same = old[..., :, None] == new[..., None, :]
         moved = _take_columns(x, jnp.argmax(same, axis=-2))
         return jnp.where(jnp.any(same, axis=-2)[..., None, :], moved, jnp.zeros_like(moved))
@@ -153,17 +154,20 @@ class Adaptive:
         del n
         return _product(low, columns.mT.conj())
 
-    def move(self, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Rotates x, (..., r); what has no negative entry, such as a second moment, keeps none.
+    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
+        """Rotates x, (..., r), to the new columns.
 
-        Signed coordinates turn by R = old^T new. The variances of uncorrelated coordinates turn by
-        the squares of R's entries.
+        What has signs turns by R = old^T new, and the variances of uncorrelated coordinates by the
+        squares of R's entries. If it is not known which x is, its entries tell.
         """
         rotation = _product(old.mT.conj(), new)
         if jnp.iscomplexobj(x):
             return _product(x, rotation)
-        signed = jnp.any(x < 0, axis=(-2, -1), keepdims=True)
-        return _product(x, jnp.where(signed, rotation.real, jnp.abs(rotation) ** 2))
+        if signed is None:
+            squared = jnp.all(x >= 0, axis=(-2, -1), keepdims=True)
+        else:
+            squared = jnp.asarray(not signed)
+        return _product(x, jnp.where(squared, jnp.abs(rotation) ** 2, rotation.real))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +193,9 @@ class Whole:
         del kept, n
         return low
 
-    def move(self, x: jax.Array, old: Any, new: Any) -> jax.Array:
+    def move(self, x: jax.Array, old: Any, new: Any, signed: bool | None) -> jax.Array:
         """The same state."""
-        del old, new
+        del old, new, signed
         return x
 
 

@@ -66,8 +66,9 @@ def low_rank(
     The shorter side of a matrix is projected, of a square one the rows (fan-in): `inner` sees
     updates and params of shape (..., m, r) or (..., r, n). What its state holds for each coordinate
     follows when the columns change: in a fixed basis, the entries of kept indices move with them
-    and those of new ones start at zero; in "svd" and "subspace", moments are rotated, and those
-    without negative entries (second moments) by the squares, so that they have none after.
+    and those of new ones start at zero; in "svd" and "subspace", first moments are rotated,
+    and second moments by the squares, so that none turns negative (a moment of unknown name counts
+    as second if it has no negative entry).
 
     Args:
       inner: Transformation whose state follows the shape of the updates, or is one scalar for all:
@@ -166,6 +167,8 @@ def low_rank(
         gradients, structure = jax.tree.flatten(updates)
         frames = frames_of(updates, state.bases)
         old = structure.flatten_up_to(state.subspaces)
+        for frame, kept in zip(frames, old, strict=True):
+            frame.check(kept)
         xs = [_wide(g) for g in gradients]
         if retain is not None:
             residuals = buffer.load(frames, state.residuals, structure)
