@@ -92,6 +92,8 @@ def dct_matrix(n: int, dtype: Any = jnp.float32) -> jax.Array:
       [[ 0.707  0.707]
        [ 0.707 -0.707]]
     """
+    if not 1 <= n <= LONGEST:
+        raise ValueError(f"dct_matrix: n must lie in [1, {LONGEST}], got {n!r}.")
     return dct_columns(n, jnp.arange(n), dtype)
 
 
@@ -107,8 +109,8 @@ def dct_columns(n: int, indices: jax.Array, dtype: Any, *, transposed: bool = Fa
     Returns:
       Shape (..., n, r).
     """
-    if not 1 <= n <= LONGEST:
-        raise ValueError(f"dct_matrix: n must lie in [1, {LONGEST}], got {n!r}.")
+    if n > LONGEST:
+        raise ValueError(f"dct: a matrix has at most {LONGEST} rows, got {n}.")
     place = jnp.reshape(jnp.arange(n, dtype=jnp.uint32), (*(1,) * (indices.ndim - 1), n, 1))
     frequency = indices.astype(jnp.uint32)[..., None, :]
     if transposed:
