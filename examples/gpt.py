@@ -131,7 +131,7 @@ LEARNING_RATES = {
     "auon_rms": 16e-3,
     "hybrid_auon": 1e-3,
     "trion": 16e-3,
-    "dct_adamw": 4e-3,
+    "dct_adamw": 8e-3,
 }
 
 SMOKE = {

@@ -62,7 +62,7 @@ def dct_adamw(
         "int8" or "int4" for so many bits an entry.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
+      The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
       State: per matrix 2 r max(m, n) numbers, r indices and twice r weights; the error feedback.
 
     Raises:

@@ -54,7 +54,7 @@ def trion(
       mu_dtype: Dtype of the momentum, or "int8" or "int4" for so many bits an entry.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
+      The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
       State: Muon's, and r indices per matrix.
 
     Raises:

@@ -93,7 +93,9 @@ def low_rank(
       seed: Of random bases and of stochastic rounding.
 
     Returns:
-      A transformation; updates keep shape, dtype and sharding. With "l2" ranking and a fixed basis,
+      A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
+      axes the compiler may lay them out in its own way; `optax.apply_updates` and `out_shardings`
+      bring them back). With "l2" ranking and a fixed basis,
       the coordinates hold at least the part r / n of the buffer's energy. 16-bit matrices are
       projected in float32.
       State: `LowRankState`: inner's, r / min(m, n) of its size without projection; r indices; the
