@@ -95,9 +95,8 @@ def low_rank(
     Returns:
       A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
       axes the compiler may lay them out in its own way; `optax.apply_updates` and `out_shardings`
-      bring them back). With "l2" ranking and a fixed basis,
-      the coordinates hold at least the part r / n of the buffer's energy. 16-bit matrices are
-      projected in float32.
+      bring them back). With "l2" ranking and a fixed basis, the coordinates hold at least the part
+      r / n of the buffer's energy. 16-bit matrices are projected in float32.
       State: `LowRankState`: inner's, r / min(m, n) of its size without projection; r indices; the
       buffer.
       Sees: trees whose leaves' last two axes are the matrix; needs params if `inner` does.
