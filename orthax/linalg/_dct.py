@@ -12,8 +12,8 @@ from orthax.linalg._validate import check_matrices
 Method = Literal["auto", "matrix", "fft"]
 
 FFT_FROM = {"cpu": 256}
-"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py).
-Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
+"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py); about
+the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
 
 LONGEST = 2**15
 """For a matrix: integers up to 2 n**2 stay below 2**32."""
