@@ -13,7 +13,8 @@ Method = Literal["auto", "matrix", "fft"]
 
 FFT_FROM = {"cpu": 256}
 """Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py); about
-the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
+the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered,
+"auto" multiplies."""
 
 LONGEST = 2**15
 """For a matrix: integers up to 2 n**2 stay below 2**32."""
