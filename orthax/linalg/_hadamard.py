@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 
 def check_hadamard_size(call: str, n: int) -> None:
@@ -47,10 +46,15 @@ def _factors(n: int) -> tuple[np.ndarray, np.ndarray] | None:
     for k in range(twos, -1, -1):
         base = _paley(n >> k)
         if base is not None:
-            a = np.kron(base, scipy.linalg.hadamard(2 ** (k // 4 if len(base) > 2 else k // 2)))
-            b = scipy.linalg.hadamard(n // len(a))
+            a = np.kron(base, _sylvester(k // 4 if len(base) > 2 else k // 2))
+            b = _sylvester((n // len(a)).bit_length() - 1)
             return a / np.sqrt(len(a)), b / np.sqrt(len(b))
     return None
+
+
+def _sylvester(k: int) -> np.ndarray:
+    """The Hadamard matrix of size 2**k."""
+    return functools.reduce(np.kron, [np.array([[1, 1], [1, -1]])] * k, np.ones((1, 1), int))
 
 
 def _paley(size: int) -> np.ndarray | None:
