@@ -1,6 +1,6 @@
 """Low-rank subspaces: time to choose and apply them, energy they capture, memory of the state.
 
-    python benchmarks/low_rank.py            # a quarter of an hour on two cores
+    python benchmarks/low_rank.py            # a few minutes on two cores
     python benchmarks/low_rank.py --smoke
 
 Times: jitted updates of one n x n matrix at rank n / 4 by Adam in a subspace, with a new subspace
@@ -230,10 +230,7 @@ def bytes_rows(width: int) -> list[dict[str, Any]]:
         "orthax.trion": orthax.trion(1e-3, width // 4),
         "orthax.trion, int8": orthax.trion(1e-3, width // 4, mu_dtype="int8"),
     }.items():
-        before = sum(array.nbytes for array in jax.live_arrays())
-        state = jax.block_until_ready(optimizer.init(params))
-        total = sum(array.nbytes for array in jax.live_arrays()) - before
-        del state
+        total = record.live_bytes(functools.partial(optimizer.init, params))
         rows.append({"state of": name, "bytes per parameter": round(total / size, 3)})
     for row in rows:
         row["of AdamW's"] = round(row["bytes per parameter"] / rows[0]["bytes per parameter"], 3)

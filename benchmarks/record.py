@@ -113,6 +113,15 @@ def milliseconds(seconds: Sequence[float]) -> float:
     return round(1e3 * statistics.median(seconds), 2)
 
 
+def live_bytes(make: Callable[[], Any]) -> int:
+    """Bytes that come to life on the device when something is made."""
+    before = sum(array.nbytes for array in jax.live_arrays())
+    made = jax.block_until_ready(make())
+    after = sum(array.nbytes for array in jax.live_arrays())
+    del made
+    return after - before
+
+
 def origin() -> dict[str, Any]:
     """Device, versions and commit of a measurement."""
     return {

@@ -22,14 +22,13 @@ from pydoc_data import topics
 from typing import Any, NamedTuple
 
 import gpt
-import jax
 import tyro
-from gpt_compare import best_rate, measure_step_seconds, rates_to_add
+from gpt_compare import best_rate, markdown, measure_step_seconds, rates_to_add
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from record import origin  # noqa: E402
+from record import live_bytes, origin  # noqa: E402
 
 # ------------------------------------------------------------------------------------- settings
 
@@ -137,12 +136,7 @@ def live_bytes_of_state(config: gpt.Config, *, only_blocks: bool) -> int:
     _, state = gpt.init_state(gpt.settle(config))
     params = {"blocks": state.params["blocks"]} if only_blocks else state.params
     optimizer = gpt.make_optimizer(config)
-    del state
-    before = sum(array.nbytes for array in jax.live_arrays())
-    opt_state = jax.block_until_ready(optimizer.init(params))
-    bytes_of_state = sum(array.nbytes for array in jax.live_arrays()) - before
-    del opt_state
-    return bytes_of_state
+    return live_bytes(lambda: optimizer.init(params))
 
 
 def tune(
@@ -211,12 +205,7 @@ def format_table(lines: list[Tuned], step_seconds: dict[str, float]) -> str:
                 f"{1e3 * step_seconds[line.label]:.0f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+    return markdown(rows)
 
 
 COLOURS = {"adamw": "#000000", "dct_adamw": "#0072B2", "trion": "#D55E00"}

@@ -183,6 +183,16 @@ def spread(values: np.ndarray, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """Rows, the first of titles, as a Markdown table that is aligned to be read as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in lines
+    )
+
+
 def format_table(lines: list[Standing]) -> str:
     """A Markdown table, aligned to be read as it is."""
     baseline = lines[0]
@@ -203,12 +213,7 @@ def format_table(lines: list[Standing]) -> str:
             ratio = values.mean() / reference.mean()
             row += [spread(values, 0), f"{ratio:.2f}" if np.isfinite(ratio) else "-"]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+    return markdown(rows)
 
 
 # ------------------------------------------------------------------------------------- pictures

@@ -8,6 +8,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from paths import run, updates_of
 
 import orthax
 from orthax.linalg import coefficients, newton_schulz, polar_svd
@@ -30,23 +31,6 @@ def normal_tree(seed, shapes=SHAPES, scale=1.0):
         name: (scale * rng.standard_normal(shape)).astype(np.float32)
         for name, shape in shapes.items()
     }
-
-
-def updates_of(optimizer, params, grads):
-    """Updates for every gradient, at the parameters that the updates before it lead to."""
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        yield updates
-
-
-def run(optimizer, params, grads):
-    """Parameters after every gradient."""
-    for updates in updates_of(optimizer, params, grads):
-        params = optax.apply_updates(params, updates)
-        yield params
 
 
 def assert_follows(optimizer, expected, *, shapes=SHAPES, limit=tolerances.GOLDEN_STEP):
