@@ -21,6 +21,9 @@ VIEWS = ("orthax.linalg", "orthax._")
 RINGS = {
     "orthax.linalg": ARRAYS,
     "orthax._": (*ARRAYS, "optax", "orthax.linalg"),
+    "orthax.penalties": (*ARRAYS, *VIEWS),
+    "orthax.conv_penalties": (*ARRAYS, *VIEWS),
+    "orthax.diagnostics": (*ARRAYS, "optax", *VIEWS),
     "orthax.matrices": (*ARRAYS, "optax", *VIEWS),
     "orthax.transforms": (*ARRAYS, "optax", *VIEWS),
     "orthax.optimizers": (*ARRAYS, "optax", *VIEWS, "orthax.matrices", "orthax.transforms"),
@@ -139,12 +142,18 @@ def public_names(*namespaces):
                 yield f"{namespace.__name__}.{name}", value
 
 
+SCALAR_FUNCTIONS = (orthax.penalties, orthax.conv_penalties, orthax.diagnostics)
+
 every_public_name = pytest.mark.parametrize(
     "value",
     [
         pytest.param(value, id=name)
         for name, value in public_names(
-            orthax, orthax.linalg, orthax.linalg.coefficients, orthax.matrices
+            orthax,
+            orthax.linalg,
+            orthax.linalg.coefficients,
+            orthax.matrices,
+            *SCALAR_FUNCTIONS,
         )
     ],
 )
@@ -161,7 +170,7 @@ def test_a_public_name_has_a_docstring(value):
     "value",
     [
         pytest.param(value, id=name)
-        for name, value in public_names(orthax, orthax.linalg, orthax.matrices)
+        for name, value in public_names(orthax, orthax.linalg, orthax.matrices, *SCALAR_FUNCTIONS)
         if isinstance(value, types.FunctionType)
     ],
 )

@@ -40,6 +40,11 @@ def gram(x: jax.Array, precision: Any = None) -> jax.Array:
     return symmetric_product(x, x.mT.conj(), precision)
 
 
+def less_identity(r: jax.Array) -> jax.Array:
+    """Square matrices (..., m, m) less the identity."""
+    return r - jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
+
+
 def inverse(a: jax.Array) -> jax.Array:
     """Inverse of a Hermitian positive definite matrix, shape (m, m), mostly by matrix products.
 

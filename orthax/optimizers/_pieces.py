@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from orthax._numbers import NUMBER
 from orthax.matrices import partition_matrices
 from orthax.transforms._float16 import accumulate_float16_in_float32
-from orthax.transforms._numbers import NUMBER
 
 
 def matrix_optimizer(

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from orthax._numbers import NUMBER
 from orthax.matrices import as_matrices
 from orthax.optimizers._pieces import (
     check_transformation,
@@ -12,7 +13,6 @@ from orthax.optimizers._pieces import (
     momentum_trace,
 )
 from orthax.transforms import scale_by_adam_rms, scale_by_cosh_rms
-from orthax.transforms._numbers import NUMBER
 
 
 def auon(

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import optax
 
+from orthax._numbers import check_integer
 from orthax.linalg import newton_schulz
 from orthax.linalg.coefficients import MUON
 from orthax.matrices import as_matrices
 from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
 from orthax.transforms import orthogonalize, scale_by_adam_rms, scale_by_cosh_rms
-from orthax.transforms._numbers import check_integer
 
 
 def hybrid_auon(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax._numbers import check_number
 from orthax.transforms._float16 import accumulate_float16_in_float32
 from orthax.transforms._frames import projected_axis
-from orthax.transforms._numbers import check_number
 from orthax.transforms._trees import check_matrix_leaves, map_matrices
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax._numbers import check_number
 from orthax.linalg._quantile import quantile_of_magnitude
-from orthax.transforms._numbers import check_number
 from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax._numbers import check_number
 from orthax.linalg._norms import norm_of_scaled, unit_max
-from orthax.transforms._numbers import check_number
 from orthax.transforms._small_matrices import map_matrices_stacking_small
 
 _MODES = ("paper", "code", "rms")

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax._numbers import check_integer, check_number
 from orthax.linalg._columns import RANKINGS
 from orthax.transforms._float16 import accumulate_float16_in_float32
 from orthax.transforms._frames import Frame, check_rank, make_frames, random_matrices
 from orthax.transforms._inner_state import check_inner_state, move_inner_state
-from orthax.transforms._numbers import check_integer, check_number
 from orthax.transforms._residuals import Residuals
 from orthax.transforms._subspaces import BASES, Subspace, make_subspace
 from orthax.transforms._trees import check_matrix_leaves

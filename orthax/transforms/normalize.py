@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax._numbers import check_number
 from orthax.linalg import frobenius_norm
 from orthax.linalg._norms import unit_max
-from orthax.transforms._numbers import check_number
 from orthax.transforms._trees import map_matrices
 
 _AXES = ("output", "long")

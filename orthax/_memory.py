@@ -1,0 +1,30 @@
+"""`WithMemory`: a function that carries something from call to call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class WithMemory(NamedTuple):
+    """A function of an array that carries something from call to call, as a pair of pure functions.
+
+    `orthax.add_penalty` and the measures of `orthax.diagnostics` take one wherever they take a
+    function, and keep its memory in their state.
+
+    Attributes:
+      init: From the array, or a `ShapeDtypeStruct`, to the first memory.
+      apply: From the array and the memory to the value and the next memory, of the same type.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax.diagnostics import warm_spectral_norm
+      >>> init, apply = warm_spectral_norm()
+      >>> w, memory = jnp.diag(jnp.array([2.0, 1.0])), None
+      >>> memory = init(w)
+      >>> for _ in range(8):
+      ...     norm, memory = apply(w, memory)
+      >>> print(norm.round(3))
+      2.0
+    """
+
+    init: Callable[[Any], Any]
+    apply: Callable[[Any, Any], tuple[Any, Any]]

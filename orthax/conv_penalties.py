@@ -1,0 +1,240 @@
+r"""Orthogonality of convolutions: the penalty L_orth of a kernel, and when it can be zero at all.
+
+A convolution is orthogonal if its operator on images has orthonormal rows or columns; that of its
+reshaped kernel alone says little. `orthax.linalg.convolution_singular_values` shows the operator.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from orthax._numbers import check_integer
+from orthax.linalg._convolution import Geometry, geometry_of, make_geometry, pads_of, per_axis
+from orthax.linalg._symmetric import less_identity
+
+__all__ = ["convolution_orthogonality", "orthogonal_convolution_exists"]
+
+
+def convolution_orthogonality(
+    kernel: jax.Array,
+    strides: int | tuple[int, ...] = 1,
+    *,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    self_padding: int | None = None,
+) -> jax.Array:
+    r"""L_orth of a convolution kernel: how far the layer is from orthogonal, at any input size.
+
+    With K the operator on circularly padded images, :math:`L = \sum_d \|\sum_p K_{p+d}^T K_p -
+    \delta_{d0} I\|_F^2` over offsets d that are multiples of the stride: the convolution of the
+    kernel with itself, less the identity. Where there are no more outputs than inputs per window
+    step, M <= C S^2 (row case), :math:`\|K K^T - I\|_F^2 = N^2 L` for every output size N with N S
+    >= 2 k - 1. With more (column case), :math:`\|K^T K - I\|_F^2 = N^2 (L - (M - C S^2))`; that
+    constant is taken off. With e^2 = a L, a = M (2 floor((k - 1) / S) + 1)^2 in the row case and C
+    (2 k - 1)^2 in the column case, all singular values lie in :math:`[\sqrt{1 - e}, \sqrt{1 + e}]`
+    at any input size.
+
+    Computed as one matrix product per offset, half of the offsets by symmetry: on CPU 2 to 4 times
+    as fast as the self-convolution, and its gradient 10 to 70 times.
+
+    Args:
+      kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
+      strides: Of the layer, S; one number or one per axis.
+      dilation: Of the kernel.
+      groups: Feature groups; the sum over groups is taken.
+      transposed: Whether the layer is `flax.nnx.ConvTranspose`, whose kernel has inputs and outputs
+        the other way round. (With its `transpose_kernel=True` it has not: leave this False.)
+      self_padding: None for the above. A number pads the kernel with as many zeros on every side
+        in the convolution with itself, and takes no constant off: K // 2 is what the code of Wang
+        et al. does, which leaves out the larger offsets and so is zero for layers that are not
+        orthogonal.
+
+    Returns:
+      Scalar, float32 for 16-bit input, else the precision of the kernel; at least 0 but for
+      rounding, and 0 iff the layer is orthogonal. `orthogonal_convolution_exists` tells
+      whether it can be.
+
+    Raises:
+      ValueError: If the kernel has another rank, `groups` does not divide its outputs, or
+        `strides`, `dilation` or `self_padding` is out of range.
+      TypeError: If the kernel is not floating, or a size no integer.
+
+    Example:
+      >>> shift = jnp.zeros((3, 3, 2, 2)).at[0, 2].set(jnp.eye(2))
+      >>> print(convolution_orthogonality(shift), convolution_orthogonality(2 * shift))
+      0.0 18.0
+
+    Reference:
+      Wang et al., Orthogonal Convolutional Neural Networks, 2020,
+      <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
+      Scalability of Orthogonal Convolutional Neural Networks, 2021,
+      <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
+    """
+    call = "convolution_orthogonality"
+    if transposed and getattr(kernel, "ndim", 0) > 1:
+        kernel = _exchange_channels(call, kernel, groups)
+    geometry = geometry_of(call, kernel, strides, dilation, groups)
+    if self_padding is not None:
+        check_integer(call, "self_padding", self_padding, least=0)
+    kernel = jnp.asarray(kernel)
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)
+    kernel = kernel.reshape(shape)
+
+    total = jnp.zeros([], kernel.real.dtype)
+    for offset, centre, weight in _offsets(geometry, self_padding):
+        product = _correlation(kernel, offset)
+        if centre:
+            product = less_identity(product)
+        total += weight * jnp.sum(jnp.square(product.real) + jnp.square(product.imag))
+    if self_padding is not None:
+        return total
+    rank = geometry.inputs * math.prod(geometry.strides)
+    return total - geometry.groups * max(0, geometry.outputs - rank)
+
+
+def orthogonal_convolution_exists(
+    kernel_size: int | tuple[int, ...],
+    strides: int | tuple[int, ...],
+    in_channels: int,
+    out_channels: int,
+    *,
+    padding: Any = "CIRCULAR",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    input_size: int | tuple[int, ...] | None = None,
+) -> bool:
+    r"""Whether any kernel of the given shape makes the layer orthogonal.
+
+    Zeros outside the image cut windows off. A tap that is cut off in one row or column but not in
+    another must be zero if all are orthonormal. Let T be, on each axis, the taps that are left: all
+    with circular padding; for rows, those that no window loses; for columns, those that no input
+    position loses. Let R be the product over axes of the number of distinct remainders of their
+    positions modulo the stride S. Rows can be orthonormal (M <= C S^2) iff M <= C R, and columns (M
+    >= C S^2) iff R is the product of the strides: both by a kernel with one tap per remainder.
+
+    Undilated and with circular padding that is the published condition: M <= C k^2 for rows, S <= k
+    for columns. Without padding it rules out columns unless k = S. With "SAME" and stride 1 only a
+    kernel with a single tap is orthogonal: the answer is True, but it is no convolution.
+
+    Args:
+      kernel_size: Taps k; an integer for one spatial axis, or a pair.
+      strides: S, one number or one per axis.
+      in_channels: C, of all groups.
+      out_channels: M, of all groups.
+      padding: As in `flax.nnx.Conv`: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), an integer,
+        or one integer or pair per axis.
+      dilation: Of the kernel.
+      groups: Feature groups.
+      input_size: Height and width of the input, where "SAME" or leftover inputs depend on it. None:
+        the windows end with the (padded) input. In either case the input counts as long: several
+        times the kernel.
+
+    Returns:
+      A Python bool.
+
+    Raises:
+      ValueError: For an unknown padding, groups that do not divide the channels, or sizes that are
+        less than 1 or do not fit the number of axes.
+      TypeError: For sizes that are no integers.
+
+    Example:
+      >>> orthogonal_convolution_exists((3, 3), 1, 16, 32)
+      True
+      >>> orthogonal_convolution_exists((3, 3), 1, 16, 32, padding="VALID")
+      False
+      >>> orthogonal_convolution_exists((3, 3), 4, 2, 32)  # 18 < 32 <= 2 * 4**2
+      False
+
+    Reference:
+      Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1 and
+      propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
+    """
+    call = "orthogonal_convolution_exists"
+    geometry = make_geometry(
+        call, kernel_size, strides, dilation, groups, in_channels, out_channels
+    )
+    axes = len(geometry.kernel_size)
+    size = None if input_size is None else per_axis(call, "input_size", input_size, axes)
+    pads = pads_of(call, padding, geometry, size)
+    lengths: Any = (None,) * axes if size is None else size
+    by_rows, by_columns = [], []
+    for axis in range(axes):
+        k, s, d = geometry.kernel_size[axis], geometry.strides[axis], geometry.dilation[axis]
+        last = geometry.extent[axis] - 1
+        rows = columns = range(0, last + 1)
+        if pads is not None:
+            low, high = pads[axis]
+            if lengths[axis] is not None:
+                high -= (lengths[axis] + low + high - last - 1) % s
+            rows = range(low, last - max(high, 0) + 1)
+            columns = range(max(0, last - high - s + 1), min(last, low + s - 1) + 1)
+        taps = range(0, k * d, d)
+        by_rows.append(len({tap % s for tap in taps if tap in rows}))
+        by_columns.append(len({tap % s for tap in taps if tap in columns}))
+    rank = geometry.inputs * math.prod(geometry.strides)
+    if geometry.outputs <= rank and geometry.outputs <= geometry.inputs * math.prod(by_rows):
+        return True
+    return geometry.outputs >= rank and tuple(by_columns) == geometry.strides
+
+
+def _exchange_channels(call: str, kernel: jax.Array, groups: int) -> jax.Array:
+    """Kernel of the convolution whose transpose is the layer, but for a reflection."""
+    if groups != 1:
+        raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
+    return jnp.swapaxes(kernel, -1, -2)
+
+
+def _offsets(
+    geometry: Geometry, self_padding: int | None
+) -> list[tuple[tuple[int, ...] | None, bool, int]]:
+    """Offsets in taps, whether it is the one for the identity, and how often it counts.
+
+    An offset that no pair of taps has is None. Without self-padding an offset stands for its
+    negative too, whose product is the adjoint.
+    """
+    if self_padding is None:
+        ranges = []
+        for k, s, d in zip(geometry.kernel_size, geometry.strides, geometry.dilation, strict=True):
+            step = s // math.gcd(s, d)
+            reach = (k - 1) // step * step
+            ranges.append(range(-reach, reach + 1, step))
+        zero = (0,) * len(ranges)
+        return [
+            (offset, offset == zero, 1 if offset == zero else 2)
+            for offset in itertools.product(*ranges)
+            if offset >= zero
+        ]
+    ranges = [range(-self_padding, self_padding + 1, s) for s in geometry.strides]
+    centre = tuple(r[len(r) // 2] for r in ranges)
+    found = []
+    for position in itertools.product(*ranges):
+        divided = [divmod(p, d) for p, d in zip(position, geometry.dilation, strict=True)]
+        between = any(rest for _, rest in divided)
+        offset = None if between else tuple(whole for whole, _ in divided)
+        found.append((offset, position == centre, 1))
+    return found
+
+
+def _correlation(kernel: jax.Array, offset: tuple[int, ...] | None) -> jax.Array:
+    """Sum over taps p of kernel[p + offset]^H kernel[p], per group; zero where there are none.
+
+    Kernel of shape (*spatial, inputs, groups, outputs), result (groups, outputs, outputs).
+    """
+    groups, outputs = kernel.shape[-2:]
+    size = kernel.shape[:-3]
+    if offset is None or any(abs(o) >= k for o, k in zip(offset, size, strict=True)):
+        return jnp.zeros((groups, outputs, outputs), kernel.dtype)
+    pairs = list(zip(offset, size, strict=True))
+    moved = kernel[tuple(slice(max(o, 0), k + min(o, 0)) for o, k in pairs)]
+    fixed = kernel[tuple(slice(max(-o, 0), k + min(-o, 0)) for o, k in pairs)]
+    moved, fixed = (x.reshape(-1, groups, outputs) for x in (moved, fixed))
+    if groups == 1:
+        moved, fixed = moved[:, 0], fixed[:, 0]
+        return jnp.matmul(moved.T.conj(), fixed, precision=lax.Precision.HIGHEST)[None]
+    return jnp.einsum("cgm,cgn->gmn", moved.conj(), fixed, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,129 @@
+"""The largest singular value by power iteration, with a vector that is carried from call to call.
+
+In training a matrix changes little from step to step, so a vector that is kept follows its leading
+singular vector with one iteration each.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from orthax.linalg._norms import unit_max
+from orthax.linalg._validate import check_matrices
+
+
+class SpectralNorm(NamedTuple):
+    """What `spectral_norm` returns.
+
+    Attributes:
+      norm: Estimate of the largest singular value, never above it; shape (...,), real.
+      vector: Unit vector to start the next call from, the right singular vector in the limit;
+        shape (..., n).
+      error: A singular value lies within this distance of `norm`; shape (...,), real.
+    """
+
+    norm: jax.Array
+    vector: jax.Array
+    error: jax.Array
+
+
+def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1) -> SpectralNorm:
+    r"""Estimates the largest singular value of each matrix by power iteration.
+
+    Each step multiplies by `x` and by its adjoint. The estimate grows from step to step towards the
+    largest singular value. Its gradient takes the singular vectors for constant, which is exact in
+    the limit.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating. Any scale.
+      vector: Where to start, shape (..., n); any length. None: a fixed random direction. Pass the
+        `vector` of the last call to go on from there.
+      steps: Number of steps, at least 1. From None, 1 gives the size only, 30 one percent on
+        Gaussian matrices of side 1000; from the vector of a slightly different matrix, 1 is enough.
+
+    Returns:
+      Norm, vector and error, see `SpectralNorm`; float32 for 16-bit input, else the precision of
+      `x`. The error is no bound on the distance to the *largest* singular value: where the vector
+      has no part in the leading direction, another one is found. A zero matrix gives norm and error
+      zero and the vector that came; a NaN or infinity gives NaN.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes, `vector` has not the shape (..., n), or `steps` is
+        less than 1.
+      TypeError: If `x` is not floating, or `steps` no integer.
+
+    Example:
+      >>> x = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+      >>> norm, vector, error = spectral_norm(x, jnp.array([1.0, 1.0]))
+      >>> print(f"{norm:.2f} {error:.2f}")
+      2.73 0.88
+      >>> norm, vector, error = spectral_norm(x, vector, steps=5)
+      >>> print(f"{norm:.3f} {error:.3f}")
+      3.000 0.021
+    """
+    check_matrices("spectral_norm", x)
+    check_steps("spectral_norm", steps)
+    scaled, scale = unit_max(x)
+    start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
+
+    fixed = lax.stop_gradient(scaled)
+    v = power_iteration(lambda v: _times(fixed.mT.conj(), _times(fixed, v)), start, steps - 1)
+    image = _times(fixed, v)
+    u = unit(image, image)
+    # With u and v fixed, the norm of x^H u has the gradient u v^H of a singular value.
+    adjoint = _times(scaled.mT.conj(), u)
+    norm, smaller = vector_norm(adjoint), vector_norm(image)
+    residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
+    distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
+    units = scale[..., 0, 0]
+    return SpectralNorm(
+        norm * units, unit(lax.stop_gradient(adjoint), v), jnp.maximum(distance, 0) * units
+    )
+
+
+def check_steps(call: str, steps: Any) -> None:
+    """Raises unless `steps` is an integer of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+        raise TypeError(f"{call}: steps must be an integer of at least 1, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"{call}: steps must be at least 1, got {steps!r}.")
+
+
+def start_vector(call: str, vector: Any, x: jax.Array, size: int) -> jax.Array:
+    """The given vector at unit length, or a fixed random one; shape (..., size), dtype of `x`."""
+    shape = (*x.shape[:-2], size)
+    if vector is None:
+        # The same for all matrices of a batch, so that each is treated as if alone.
+        direction = jax.random.normal(jax.random.key(0), (size,), x.real.dtype)
+        vector = jnp.broadcast_to(direction, shape)
+    elif np.shape(vector) != shape:
+        raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
+    vector = lax.stop_gradient(jnp.asarray(vector).astype(x.dtype))
+    return unit(vector, vector)
+
+
+def vector_norm(v: jax.Array) -> jax.Array:
+    """Length along the last axis, with gradient zero at zero."""
+    squares = jnp.sum(jnp.square(v.real) + jnp.square(v.imag), axis=-1)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def unit(v: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """The vector over its length; `otherwise` where that is zero."""
+    length = vector_norm(v)[..., None]
+    return jnp.where(length == 0, otherwise, v / jnp.where(length == 0, 1, length))
+
+
+def power_iteration(
+    apply: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int
+) -> jax.Array:
+    """Unit vector after `steps` applications of a linear function that is its own adjoint."""
+    return lax.fori_loop(0, steps, lambda _, v: unit(apply(v), v), start)
+
+
+def _times(x: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.matmul(x, v[..., None], precision=lax.Precision.HIGHEST)[..., 0]

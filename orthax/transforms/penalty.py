@@ -1,0 +1,168 @@
+"""`add_penalty`: the gradient of a penalty on the weights, as `optax.add_decayed_weights` does."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax._default_rule import path_name
+from orthax._dimension_rules import PathRules, leaf_path
+from orthax._memory import WithMemory
+from orthax._numbers import check_number
+from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+
+_CALL = "add_penalty"
+
+
+class AddPenaltyState(NamedTuple):
+    """State of `add_penalty`.
+
+    Attributes:
+      count: Updates so far, for a schedule.
+      memory: For each leaf with a penalty `WithMemory`, its memory; `optax.MaskedNode` elsewhere.
+    """
+
+    count: jax.Array
+    memory: Any
+
+
+def add_penalty(
+    penalty: Callable[[jax.Array], jax.Array] | WithMemory | PathRules,
+    strength: optax.ScalarOrSchedule,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds strength times the gradient of a penalty, at the params, to the updates.
+
+    Its place in the chain decides how the penalty acts, as with weight decay. Before the
+    preconditioner it is coupled: moments see it as a part of the gradient. Between the
+    preconditioner and the learning rate it is decoupled: a step of gradient descent on the penalty
+    beside the optimizer's.
+
+    Args:
+      penalty: Function of one array to a real scalar, such as those of `orthax.penalties` and
+        `orthax.conv_penalties`; a `WithMemory`; or `PathRules` from paths to such, and to None
+        where there is no penalty. A path that no rule matches has none, unless `default` says
+        otherwise. In `optax.inject_hyperparams`, list it in `static_args`.
+      strength: Factor, at least 0, or a schedule of it.
+      mask: As in `optax.masked`: a tree of booleans (or prefix), or a callable from params to one;
+        False where there is no penalty. None: every leaf has one.
+
+    Returns:
+      A transformation whose updates keep shape, dtype and sharding; the gradient is computed in at
+      least float32. Of complex params it is the direction of steepest ascent, the conjugate of
+      `jax.grad`'s.
+      State: `AddPenaltyState`; what penalties with a memory keep, and a count.
+      Sees: any leaf that its penalty takes; needs params. Wrapped in `orthax.as_matrices`, kernels
+      of any rank are matrices for the penalty.
+
+    Raises:
+      ValueError: If `strength` is negative or not finite; at `init` or `update`, what the penalty
+        raises, with the leaf's path; at `update`, without params.
+      TypeError: If `penalty` or a value of the rules is no penalty, or `strength` no number; at
+        `update`, if a penalty gives no real scalar.
+
+    Example:
+      >>> from orthax.penalties import soft_orthogonality
+      >>> params = {"kernel": 2 * jnp.eye(2), "bias": jnp.ones(2)}
+      >>> rules = PathRules(((r"kernel$", soft_orthogonality),))
+      >>> tx = optax.chain(add_penalty(rules, strength=0.1), optax.scale_by_learning_rate(0.1))
+      >>> state = tx.init(params)
+      >>> for _ in range(40):
+      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params["kernel"].round(2))
+      [[1.01 0.  ]
+       [0.   1.01]]
+    """
+    values = [value for _, value in penalty.rules] if isinstance(penalty, PathRules) else [penalty]
+    values += [penalty.default] if isinstance(penalty, PathRules) else []
+    for value in values:
+        if not (callable(value) or isinstance(value, WithMemory)):
+            if isinstance(penalty, PathRules) and (value is None or value is ...):
+                continue
+            raise TypeError(
+                f"{_CALL}: penalty must be a function of an array, an orthax.WithMemory, or "
+                f"orthax.PathRules of such and None, got {value!r}."
+            )
+    if not callable(strength):
+        accepted = "be finite and at least 0"
+        check_number(_CALL, "strength", strength, accepted, lambda s: 0 <= s < math.inf)
+
+    def penalty_of(keys: Any) -> tuple[str, Any]:
+        path = path_name(leaf_path(keys))
+        value = penalty.lookup(path)[0] if isinstance(penalty, PathRules) else penalty
+        return path, None if value is ... else value
+
+    def init(params: Any) -> AddPenaltyState:
+        def memory(keys: Any, leaf: Any) -> Any:
+            path, value = penalty_of(keys)
+            if not isinstance(value, WithMemory):
+                return optax.MaskedNode()
+            return _naming(path, value.init, leaf)
+
+        return AddPenaltyState(
+            jnp.zeros([], jnp.int32), jax.tree_util.tree_map_with_path(memory, params)
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, AddPenaltyState]:
+        del extra
+        if params is None:
+            raise ValueError(f"{_CALL}: update needs params, as its third argument.")
+        factor = strength(state.count) if callable(strength) else strength
+        keyed, structure = jax.tree_util.tree_flatten_with_path(updates)
+        weights = structure.flatten_up_to(params)
+        memories = structure.flatten_up_to(state.memory)
+        results, kept = [], []
+        for (keys, u), w, memory in zip(keyed, weights, memories, strict=True):
+            path, value = penalty_of(keys)
+            if value is not None:
+                gradient, memory = _naming(path, _gradient, value, w, memory)
+                u = jnp.asarray(u + factor * gradient).astype(jnp.result_type(u))
+            results.append(u)
+            kept.append(memory)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return structure.unflatten(results), AddPenaltyState(count, structure.unflatten(kept))
+
+    transformation = optax.GradientTransformationExtraArgs(init, update)
+    return transformation if mask is None else optax.masked(transformation, mask)
+
+
+def _naming(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function; an error about its argument names the leaf."""
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{_CALL}: '{path}': {error} Leaves without a penalty are left out by mask or by "
+            "orthax.PathRules."
+        ) from error
+
+
+def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
+    """Steepest ascent of the penalty at `w`, where it lies, and the next memory."""
+    if isinstance(penalty, WithMemory):
+        value_and_memory = penalty.apply
+    else:
+        value_and_memory = functools.partial(_with_memory, penalty)
+
+    def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        ascent, after = jax.grad(value_and_memory, has_aux=True)(wide, memory)
+        return jnp.conj(ascent), jax.tree.map(lambda x, like: x.astype(like.dtype), after, memory)
+
+    w = jnp.asarray(w)
+    sharding = explicit_sharding(w)
+    if sharding is None:
+        return gradient(w, memory)
+    kept = jax.tree.map(lambda x: explicit_sharding(x), memory)
+    return run_in_auto_mode(gradient, (sharding, kept))(w, memory)
+
+
+def _with_memory(penalty: Callable[[jax.Array], jax.Array], w: jax.Array, memory: Any) -> Any:
+    return penalty(w), memory
