@@ -61,7 +61,7 @@ def default_rule(path: Path, shapes: Shapes) -> tuple[DimensionNumbers | None, s
 
 
 def _never_a_matrix(path: Path, leaf: str, parent: str) -> str | None:
-    if leaf in ("bias", "scale") or leaf.endswith("_bias"):
+    if leaf in ("bias", "scale") or leaf.endswith(("_bias", "_reflectors")):
         return f"named '{leaf}'"
     if leaf != "kernel" and (_is_norm(parent) or _is_norm(leaf)):
         return "normalisation"

@@ -13,6 +13,12 @@ from optax.contrib import MuonDimensionNumbers
 
 import orthax
 from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz, polar_svd, zolotarev
+from orthax.penalties import (
+    lambda_orthogonality,
+    mutual_coherence,
+    soft_orthogonality,
+    warm_spectral_restricted_isometry,
+)
 
 
 class Case(NamedTuple):
@@ -82,6 +88,13 @@ views = orthax.PathRules(
         ("heads", MuonDimensionNumbers((0, 1), 2)),
         ("Dense_1", MuonDimensionNumbers(1, 0)),
         ("scanned/Dense_0/kernel", MuonDimensionNumbers(-2, -1)),
+    )
+)
+penalties = orthax.PathRules(
+    (
+        ("Dense_0/kernel", warm_spectral_restricted_isometry()),
+        ("Dense_1/kernel", functools.partial(lambda_orthogonality, radius=1.0)),
+        ("scanned/.*kernel", mutual_coherence),
     )
 )
 options = {
@@ -165,6 +178,31 @@ CASES = (
         orthax.as_matrices,
         {"inner": orthax.orthogonalize(), "dimension_numbers": views},
     ),
+    Case(
+        "add_penalty",
+        orthax.add_penalty,
+        {"penalty": soft_orthogonality, "strength": 0.1, "mask": None},
+        needs_params=True,
+        numbers=("strength",),
+    ),
+    Case(
+        "add_penalty(rules)",
+        orthax.add_penalty,
+        {"penalty": penalties, "strength": 0.1, "mask": None},
+        any_tree=True,
+        needs_params=True,
+        numbers=("strength",),
+    ),
+    Case("keep_orthogonal", orthax.keep_orthogonal, {}, needs_params=True),
+    Case("project_tangent", orthax.project_tangent, {}, needs_params=True),
+    Case(
+        "keep_unit_neurons",
+        orthax.keep_unit_neurons,
+        {"axis": "output"},
+        needs_params=True,
+        numbers=("radius",),
+    ),
+    Case("keep_norm", orthax.keep_norm, {}, needs_params=True),
     optimizer("muon", orthax.muon),
     optimizer("muon(options)", orthax.muon, **options),
     optimizer("normuon", orthax.normuon, "decay"),

@@ -36,6 +36,10 @@ TRANSFORMS = {
     "scale_to_rms": orthax.scale_to_rms(),
     "low_rank": orthax.low_rank(optax.scale_by_adam(), 2),
     "scale_by_adam_per_index": orthax.scale_by_adam_per_index(),
+    "keep_orthogonal": orthax.keep_orthogonal(),
+    "project_tangent": orthax.project_tangent(),
+    "keep_unit_neurons": orthax.keep_unit_neurons(),
+    "keep_norm": orthax.keep_norm(),
 }
 PARAMS = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
 
@@ -151,15 +155,16 @@ def test_a_vector_leaf_is_named_with_the_way_out(name, compiled):
     state = transform.init({"dense": {"kernel": PARAMS["dense"]["kernel"]}})
     update = jax.jit(transform.update) if compiled else transform.update
     with pytest.raises(ValueError, match=says(name, "'dense/bias'", "(4,)", "as_matrices")):
-        update(PARAMS, state)
+        update(PARAMS, state, PARAMS)
 
 
 @every_transform
 def test_an_integer_leaf_is_named(name):
     transform = TRANSFORMS[name]
     state = transform.init({"table": [jnp.ones((3, 4))]})
+    integers = {"table": [jnp.ones((3, 4), jnp.int32)]}
     with pytest.raises(TypeError, match=says(name, "'table/0'", "int32", "floating")):
-        transform.update({"table": [jnp.ones((3, 4), jnp.int32)]}, state)
+        transform.update(integers, state, integers)
 
 
 @every_transform
@@ -167,7 +172,7 @@ def test_a_python_number_is_refused_as_a_leaf_without_axes(name):
     transform = TRANSFORMS[name]
     state = transform.init({})
     with pytest.raises(ValueError, match=says(name, "'temperature'", "()")):
-        transform.update({"temperature": 1.0}, state)
+        transform.update({"temperature": 1.0}, state, {"temperature": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from flax import nnx
 from orthax._default_rule import output_head
 from orthax._dimension_rules import PathRules
 from orthax._views import DimensionNumbers, Packed
+from orthax.nn._householder_linear import HouseholderLinear
 
 _CALL = "orthax.nn.dimension_numbers"
 _KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Einsum)
@@ -25,6 +26,7 @@ _NEVER = (
     (_NORMS, ("scale", "bias")),
     (nnx.Embed, ("embedding",)),
     (nnx.PReLU, ("negative_slope",)),
+    (HouseholderLinear, ("input_reflectors", "output_reflectors", "bias")),
 )
 
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from orthax._default_rule import path_name
 from orthax._dimension_rules import PathRules, leaf_path
 from orthax._memory import WithMemory
 from orthax._numbers import check_number
-from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
+from orthax.linalg._explicit import explicit_sharding, replicate_beside, run_in_auto_mode
 
 _CALL = "add_penalty"
 
@@ -55,7 +56,8 @@ def add_penalty(
       A transformation whose updates keep shape, dtype and sharding; the gradient is computed in at
       least float32. Of complex params it is the direction of steepest ascent, the conjugate of
       `jax.grad`'s.
-      State: `AddPenaltyState`; what penalties with a memory keep, and a count.
+      State: `AddPenaltyState`; what penalties with a memory keep, whole on every device of a mesh
+        (on Auto axes the compiler may lay it out otherwise), and a count.
       Sees: any leaf that its penalty takes; needs params. Wrapped in `orthax.as_matrices`, kernels
       of any rank are matrices for the penalty.
 
@@ -102,7 +104,8 @@ def add_penalty(
             path, value = penalty_of(keys)
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
-            return _naming(path, value.init, leaf)
+            first = _naming(path, value.init, leaf)
+            return jax.tree.map(lambda x: replicate_beside(x, leaf), first)
 
         return AddPenaltyState(
             jnp.zeros([], jnp.int32), jax.tree_util.tree_map_with_path(memory, params)
@@ -160,8 +163,8 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
     sharding = explicit_sharding(w)
     if sharding is None:
         return gradient(w, memory)
-    kept = jax.tree.map(lambda x: explicit_sharding(x), memory)
-    return run_in_auto_mode(gradient, (sharding, kept))(w, memory)
+    whole = jax.tree.map(lambda _: sharding.update(spec=PartitionSpec()), memory)
+    return run_in_auto_mode(gradient, (sharding, whole))(w, memory)
 
 
 def _with_memory(penalty: Callable[[jax.Array], jax.Array], w: jax.Array, memory: Any) -> Any:

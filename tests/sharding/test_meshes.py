@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import orthax
 from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz, polar_svd, zolotarev
+from orthax.penalties import soft_orthogonality, warm_spectral_restricted_isometry
 
 # Two steps instead of five compile in half the time.
 QUICK = {"coefficients": coefficients.MUON[:2]}
@@ -68,12 +69,18 @@ TRANSFORMS = {
     "scale_by_unit_rms": orthax.scale_by_unit_rms(),
     "scale_by_adam_rms": orthax.scale_by_adam_rms(),
     "scale_to_rms": orthax.scale_to_rms(),
+    "add_penalty": orthax.add_penalty(soft_orthogonality, 0.1),
+    "add_penalty(warm)": orthax.add_penalty(warm_spectral_restricted_isometry(), 0.1),
+    "keep_orthogonal": orthax.keep_orthogonal(),
+    "project_tangent": orthax.project_tangent(),
+    "keep_unit_neurons": orthax.keep_unit_neurons(),
+    "keep_norm": orthax.keep_norm(),
 }
 # What a compiler does to decompositions and to products along a sharded axis on Auto axes: it lays
 # the result out in its own way.
 GATHERED_ON_AUTO = {"orthogonalize(polar_svd)", "orthogonalize(zolotarev)"}
 GATHERED_ON_AUTO |= {name for name in TRANSFORMS if name.startswith("low_rank")}
-GATHERED_ON_AUTO |= {"trion", "dct_adamw"}
+GATHERED_ON_AUTO |= {"trion", "dct_adamw", "add_penalty(warm)"}
 
 # Shape and sharding of each leaf, on a mesh of x (4 devices) and y (2 devices).
 MATRICES = {
