@@ -5,10 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 FOLDER = pathlib.Path(__file__).parent / "sharding"
 
 
-def test_the_tests_on_eight_devices_pass():
+@pytest.mark.parametrize("chosen", ["auto", "not auto"])  # two processes, for two cores
+def test_the_tests_on_eight_devices_pass(chosen):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {
         name: value
@@ -16,7 +19,7 @@ def test_the_tests_on_eight_devices_pass():
         if not name.startswith("PYTEST_") and name != "XLA_FLAGS"
     }
     run = subprocess.run(
-        [*command, str(FOLDER)],
+        [*command, "-k", chosen, str(FOLDER)],
         cwd=FOLDER.parent.parent,
         env={**environment, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,

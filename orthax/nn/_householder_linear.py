@@ -28,6 +28,10 @@ class HouseholderLinear(nnx.Module):
     orthogonal projector: k directions of the input are carried isometrically onto k of the output,
     and the rest to zero.
 
+    A square kernel of full rank has the determinant :math:`(-1)^k` and keeps it, as the orthogonal
+    matrices fall into two parts that no path connects; the layer of a trained kernel has that
+    kernel's.
+
     Directions have no length that matters: their gradients are orthogonal to them, so they grow
     under gradient descent and the effective learning rate falls, as with weight normalisation.
     `orthax.muon` and the other matrix optimizers leave them to the fallback.
