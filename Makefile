@@ -19,7 +19,7 @@ lint: $(VENV)/.test  ## Style and types
 	$(BIN)/pyright
 
 examples: $(VENV)/.examples  ## Every example and benchmark with tiny settings
-	for script in examples/gpt.py examples/gpt_compare.py examples/finetune_low_rank.py; do $(BIN)/python $$script --smoke || exit 1; done
+	for script in examples/gpt.py examples/gpt_compare.py examples/finetune_low_rank.py examples/compatible_representations.py examples/orthogonal_cnn.py; do $(BIN)/python $$script --smoke || exit 1; done
 	$(BIN)/python examples/gpt_compare.py --full --smoke
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --smoke || exit 1; done
 

@@ -32,12 +32,13 @@ def convolution_orthogonality(
 
     With K the operator on circularly padded images, :math:`L = \sum_d \|\sum_p K_{p+d}^T K_p -
     \delta_{d0} I\|_F^2` over offsets d that are multiples of the stride: the convolution of the
-    kernel with itself, less the identity. Where there are no more outputs than inputs per window
-    step, M <= C S^2 (row case), :math:`\|K K^T - I\|_F^2 = N^2 L` for every output size N with N S
-    >= 2 k - 1. With more (column case), :math:`\|K^T K - I\|_F^2 = N^2 (L - (M - C S^2))`; that
-    constant is taken off. With e^2 = a L, a = M (2 floor((k - 1) / S) + 1)^2 in the row case and C
-    (2 k - 1)^2 in the column case, all singular values lie in :math:`[\sqrt{1 - e}, \sqrt{1 + e}]`
-    at any input size.
+    kernel with itself, less the identity. Let N be the output size, N S >= 2 k - 1 with k the
+    extent of the (dilated) kernel. Where there are no more outputs than inputs per window step, M
+    <= C S^2 (row case), :math:`\|K K^T - I\|_F^2 = N^2 L`. With more (column case), :math:`\|K^T K
+    - I\|_F^2 = N^2 (L - (M - C S^2))`; that constant is taken off. With e^2 = a L, a = M (2
+    floor((k - 1) / S) + 1)^2 in the row case and C (2 k - 1)^2 in the column case, all singular
+    values lie in :math:`[\sqrt{1 - e}, \sqrt{1 + e}]` at any input size. (For one spatial axis,
+    read the squares of N, S and the bracketed numbers as first powers.)
 
     Computed as one matrix product per offset, half of the offsets by symmetry: on CPU 2 to 4 times
     as fast as the self-convolution, and its gradient 10 to 70 times.

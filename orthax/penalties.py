@@ -130,8 +130,8 @@ def spectral_restricted_isometry(
 
     Returns:
       Scalar, the sum over all matrices; at least 0, and 0 iff all are orthogonal. The estimate is
-      never above the norm; ten steps reach 0.93 of it on Gaussian matrices of 512 x 256. The
-      gradient takes the vector for constant, which is exact in the limit.
+      never above the norm; ten steps reach 0.84 to 0.98 of it on Gaussian matrices with sides of
+      256 to 1000. The gradient takes the vector for constant, which is exact in the limit.
 
     Raises:
       ValueError: If `w` has fewer than two axes or `steps` is less than 1.

@@ -27,8 +27,9 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
 
     Returns:
       Shape (..., n, columns), dtype of `v`; 16-bit input is computed in float32. Columns are
-      orthonormal to rounding for any `v`: in float32 entries of :math:`Q^T Q - I` are below 1e-6 up
-      to n = r = 512. The determinant of the whole product is :math:`(-1)^r`, less the zero columns.
+      orthonormal to rounding for any `v`: in float32, entries of :math:`Q^T Q - I` are below 1e-6
+      for random directions up to n = r = 1024, and 6e-6 for 700 times the same one. The determinant
+      of the whole product is :math:`(-1)^r`; a zero column does not count.
       Differentiable; at a zero column the gradient is zero.
 
     Raises:

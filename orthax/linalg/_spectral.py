@@ -42,8 +42,9 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       vector: Where to start, shape (..., n); any length. None: a fixed random direction. Pass the
         `vector` of the last call to go on from there.
-      steps: Number of steps, at least 1. From None, 1 gives the size only, 30 one percent on
-        Gaussian matrices of side 1000; from the vector of a slightly different matrix, 1 is enough.
+      steps: Number of steps, at least 1. On Gaussian matrices with sides of 256 to 1000, 1 from
+        None gives 0.7 of the norm and 30 give 0.96 to 1. From the vector of a slightly different
+        matrix, 1 is enough.
 
     Returns:
       Norm, vector and error, see `SpectralNorm`; float32 for 16-bit input, else the precision of
