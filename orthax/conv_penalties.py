@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orthax._numbers import check_integer
 from orthax.linalg._convolution import Geometry, geometry_of, make_geometry, pads_of, per_axis
 from orthax.linalg._symmetric import less_identity
+from orthax.linalg._validate import integer_of
 
 __all__ = ["convolution_orthogonality", "orthogonal_convolution_exists"]
 
@@ -81,7 +81,7 @@ def convolution_orthogonality(
         kernel = _exchange_channels(call, kernel, groups)
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     if self_padding is not None:
-        check_integer(call, "self_padding", self_padding, least=0)
+        integer_of(call, "self_padding", self_padding, least=0)
     kernel = jnp.asarray(kernel)
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)

@@ -25,8 +25,8 @@ from orthax._monitoring import of_params as of_params
 from orthax._monitoring import of_updates as of_updates
 from orthax.linalg._deviation import gram_deviation, norm_with_gradient
 from orthax.linalg._norms import frobenius_norm, unit_max
-from orthax.linalg._spectral import check_steps, spectral_norm, start_vector
-from orthax.linalg._validate import check_matrices
+from orthax.linalg._spectral import spectral_norm, start_vector
+from orthax.linalg._validate import check_matrices, integer_of
 
 __all__ = [
     "effective_rank",
@@ -126,7 +126,7 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
       <https://arxiv.org/abs/math/0503442>.
     """
     check_matrices("stable_rank", w, "w")
-    check_steps("stable_rank", steps)
+    integer_of("stable_rank", "steps", steps)
     scaled, _ = unit_max(w)
     spectral = spectral_norm(scaled, steps=steps).norm
     ratio = frobenius_norm(scaled)[..., 0, 0] / jnp.where(spectral == 0, 1, spectral)
@@ -243,7 +243,7 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
       3.0
     """
     call = "warm_spectral_norm"
-    check_steps(call, steps)
+    integer_of(call, "steps", steps)
 
     def init(w: Any) -> jax.Array:
         check_matrices(call, w, "w")

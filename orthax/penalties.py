@@ -14,8 +14,8 @@ from jax import lax
 from orthax._memory import WithMemory
 from orthax._numbers import check_number
 from orthax.linalg._deviation import gram_deviation, norm_with_gradient, short_side_first
-from orthax.linalg._spectral import check_steps, power_iteration, start_vector, unit, vector_norm
-from orthax.linalg._validate import check_matrices
+from orthax.linalg._spectral import power_iteration, start_vector, unit, vector_norm
+from orthax.linalg._validate import check_matrices, integer_of
 
 __all__ = [
     "WithMemory",
@@ -232,7 +232,7 @@ def _deviation(call: str, w: jax.Array) -> jax.Array:
 
 
 def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
-    check_steps(call, steps)
+    steps = integer_of(call, "steps", steps)
 
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from orthax.linalg._validate import integer_of
+
 PADDINGS = ("CIRCULAR", "SAME", "VALID", "CAUSAL")
 _SPATIAL = {3: "W", 4: "HW"}
 
@@ -43,7 +45,7 @@ def geometry_of(call: str, kernel: Any, strides: Any, dilation: Any, groups: Any
             "(height, width, in / groups, out), as Flax has them."
         )
     *size, inputs, outputs = kernel.shape
-    groups = _integer(call, "groups", groups)
+    groups = integer_of(call, "groups", groups)
     return make_geometry(call, size, strides, dilation, groups, groups * inputs, outputs)
 
 
@@ -54,10 +56,10 @@ def make_geometry(
     size = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
     if len(size) + 2 not in _SPATIAL:
         raise ValueError(f"{call}: kernel_size must name one or two axes, got {size!r}.")
-    size = tuple(_integer(call, "kernel_size", k) for k in size)
-    groups = _integer(call, "groups", groups)
+    size = tuple(integer_of(call, "kernel_size", k) for k in size)
+    groups = integer_of(call, "groups", groups)
     for name, channels in {"in_channels": inputs, "out_channels": outputs}.items():
-        if _integer(call, name, channels) % groups:
+        if integer_of(call, name, channels) % groups:
             raise ValueError(
                 f"{call}: groups must divide the channels, got {groups} groups for "
                 f"{name} = {channels}."
@@ -80,15 +82,7 @@ def per_axis(call: str, argument: str, x: Any, axes: int) -> tuple[int, ...]:
             f"{call}: {argument} must be an integer or {axes} of them, one per spatial axis, "
             f"got {x!r}."
         )
-    return tuple(_integer(call, argument, entry) for entry in entries)
-
-
-def _integer(call: str, argument: str, x: Any, least: int = 1) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        raise TypeError(f"{call}: {argument} must be an integer of at least {least}, got {x!r}.")
-    if x < least:
-        raise ValueError(f"{call}: {argument} must be at least {least}, got {x!r}.")
-    return int(x)
+    return tuple(integer_of(call, argument, entry) for entry in entries)
 
 
 def pads_of(
@@ -117,7 +111,10 @@ def pads_of(
     entries = [padding] * axes if isinstance(padding, (int, np.integer)) else padding
     try:
         pairs = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in entries]
-        checked = [(_integer("", "", low, 0), _integer("", "", high, 0)) for low, high in pairs]
+        checked = [
+            (integer_of("", "", low, least=0), integer_of("", "", high, least=0))
+            for low, high in pairs
+        ]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{known}, got {padding!r}.") from error
     if len(checked) != axes:

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from orthax.linalg._norms import frobenius_norm, unit_max
-from orthax.linalg._validate import check_matrices
+from orthax.linalg._validate import check_matrices, integer_of
 
 
 def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
@@ -49,11 +48,7 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
     call = "householder_product"
     _check_tall(call, "v", v)
     n = v.shape[-2]
-    columns = n if columns is None else columns
-    if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)):
-        raise TypeError(f"{call}: columns must be an integer or None, got {columns!r}.")
-    if not 1 <= columns <= n:
-        raise ValueError(f"{call}: columns must lie in [1, {n}], got {columns!r}.")
+    columns = n if columns is None else integer_of(call, "columns", columns, most=n)
     y = _unit_columns(v)
     products = jnp.matmul(y.mT, y, precision=lax.Precision.HIGHEST)
     half = jnp.broadcast_to(jnp.eye(v.shape[-1], dtype=y.dtype) / 2, products.shape)
@@ -181,12 +176,8 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
     """
     call = "householder_factors"
     _check_real(call, "w", w)
-    least = min(w.shape[-2:])
-    rank = least if rank is None else rank
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-        raise TypeError(f"{call}: rank must be an integer or None, got {rank!r}.")
-    if not 1 <= rank <= least:
-        raise ValueError(f"{call}: rank must lie in [1, {least}], got {rank!r}.")
+    short = min(w.shape[-2:])
+    rank = short if rank is None else integer_of(call, "rank", rank, most=short)
     scaled, _ = unit_max(w)
     u, _, vh = jnp.linalg.svd(scaled, full_matrices=False)
     parts = u[..., :rank], vh[..., :rank, :].mT

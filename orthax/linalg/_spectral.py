@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from orthax.linalg._norms import unit_max
-from orthax.linalg._validate import check_matrices
+from orthax.linalg._validate import check_matrices, integer_of
 
 
 class SpectralNorm(NamedTuple):
@@ -67,7 +67,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
       3.000 0.021
     """
     check_matrices("spectral_norm", x)
-    check_steps("spectral_norm", steps)
+    steps = integer_of("spectral_norm", "steps", steps)
     scaled, scale = unit_max(x)
     start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
 
@@ -84,14 +84,6 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     return SpectralNorm(
         norm * units, unit(lax.stop_gradient(adjoint), v), jnp.maximum(distance, 0) * units
     )
-
-
-def check_steps(call: str, steps: Any) -> None:
-    """Raises unless `steps` is an integer of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise TypeError(f"{call}: steps must be an integer of at least 1, got {steps!r}.")
-    if steps < 1:
-        raise ValueError(f"{call}: steps must be at least 1, got {steps!r}.")
 
 
 def start_vector(call: str, vector: Any, x: jax.Array, size: int) -> jax.Array:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from orthax._numbers import check_integer
 from orthax.linalg import (
     householder_factors,
     householder_product,
@@ -15,6 +14,7 @@ from orthax.linalg import (
     householder_vectors,
     polar_svd,
 )
+from orthax.linalg._validate import integer_of
 
 _CALL = "orthax.nn.HouseholderLinear"
 
@@ -88,13 +88,11 @@ class HouseholderLinear(nnx.Module):
         bias_init: jax.nn.initializers.Initializer = jax.nn.initializers.zeros,
         rngs: nnx.Rngs,
     ):
-        check_integer(_CALL, "in_features", in_features, least=1)
-        check_integer(_CALL, "out_features", out_features, least=1)
+        integer_of(_CALL, "in_features", in_features)
+        integer_of(_CALL, "out_features", out_features)
         least = min(in_features, out_features)
         if rank is not None:
-            check_integer(_CALL, "rank", rank, least=1)
-            if rank > least:
-                raise ValueError(f"{_CALL}: rank must be at most {least}, got {rank!r}.")
+            integer_of(_CALL, "rank", rank, most=least)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.dtype, self.precision = dtype, precision
 

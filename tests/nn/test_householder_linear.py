@@ -154,8 +154,8 @@ def test_layers_can_be_stacked_with_vmap():
     [
         ((0, 3, None), ValueError, "in_features must be at least 1, got 0"),
         ((3, 2.0, None), TypeError, "out_features must be an integer of at least 1, got 2.0"),
-        ((3, 4, 0), ValueError, "rank must be at least 1, got 0"),
-        ((3, 4, 4), ValueError, "rank must be at most 3, got 4"),
+        ((3, 4, 0), ValueError, r"rank must lie in \[1, 3\], got 0"),
+        ((3, 4, 4), ValueError, r"rank must lie in \[1, 3\], got 4"),
     ],
 )
 def test_bad_sizes_are_refused(arguments, error, message):
