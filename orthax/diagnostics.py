@@ -23,8 +23,8 @@ from orthax._memory import WithMemory
 from orthax._monitoring import of_both as of_both
 from orthax._monitoring import of_params as of_params
 from orthax._monitoring import of_updates as of_updates
-from orthax.linalg._deviation import gram_deviation, norm_with_gradient
-from orthax.linalg._norms import frobenius_norm, unit_max
+from orthax.linalg._deviation import gram_deviation
+from orthax.linalg._norms import frobenius_norm, norm_with_gradient, unit_max
 from orthax.linalg._spectral import spectral_norm, start_vector
 from orthax.linalg._validate import check_matrices, integer_of
 

@@ -9,11 +9,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from orthax._memory import WithMemory
 from orthax._numbers import check_number
-from orthax.linalg._deviation import gram_deviation, norm_with_gradient, short_side_first
+from orthax.linalg._deviation import gram_deviation, short_side_first
+from orthax.linalg._norms import norm_with_gradient
 from orthax.linalg._spectral import power_iteration, start_vector, unit, vector_norm
 from orthax.linalg._validate import check_matrices, integer_of
 
@@ -110,7 +112,10 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
       Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
     """
     deviation = _deviation("mutual_coherence", w)
-    return jnp.sum(jnp.max(jnp.abs(deviation), axis=(-2, -1), initial=0))
+    # The magnitudes, with slope zero at zero.
+    sign = lax.stop_gradient(jnp.sign(deviation))
+    sizes = jnp.real(deviation * jnp.conj(sign))
+    return jnp.sum(jnp.max(sizes, axis=(-2, -1), initial=0))
 
 
 def spectral_restricted_isometry(
@@ -190,7 +195,9 @@ def lambda_orthogonality(
 
     Inside the radius the force is small but not zero. It is strongest, :math:`\alpha \lambda / 4 +
     1/2`, at the radius and falls to 1 outside: times the strength of the penalty, it must exceed
-    the pull of the data there, or the matrix escapes.
+    the pull of the data there, or the matrix escapes. More than that only slows the optimizer. The
+    distance settles a little below the radius; for exactly orthogonal matrices, radius 0, take
+    `orthax.keep_orthogonal`.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -217,12 +224,17 @@ def lambda_orthogonality(
       <https://arxiv.org/abs/2509.16664>, equation 6.
     """
     call = "lambda_orthogonality"
+    for argument, x in {"radius": radius, "sharpness": sharpness}.items():
+        if np.ndim(x):
+            raise TypeError(f"{call}: {argument} must be one number, got {x!r}.")
     # As floats: an array compared under `jit` is no longer known.
     check_number(call, "radius", radius, "be at least 0", lambda r: float(r) >= 0)
     finite = "be finite and at least 0"
     check_number(call, "sharpness", sharpness, finite, lambda a: 0 <= float(a) < math.inf)
     distance = norm_with_gradient(_deviation(call, w))
-    gate = jax.nn.sigmoid(jnp.asarray(sharpness, distance.dtype) * (distance - radius))
+    free = jnp.isinf(radius)
+    excess = distance - jnp.where(free, 0, radius).astype(distance.dtype)
+    gate = jnp.where(free, 0, jax.nn.sigmoid(jnp.asarray(sharpness, distance.dtype) * excess))
     return jnp.sum(gate * distance)
 
 

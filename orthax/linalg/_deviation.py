@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orthax.linalg._norms import unit_max
 from orthax.linalg._symmetric import gram, less_identity
 
 
@@ -44,11 +43,3 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (y,), (t,) = primals, tangents
     half = jnp.matmul(t, y.mT.conj(), precision=lax.Precision.HIGHEST)
     return gram_less_identity(y), half + half.mT.conj()
-
-
-def norm_with_gradient(x: jax.Array) -> jax.Array:
-    """Frobenius norm of each matrix, shape (...,), whose gradient at zero is zero and not NaN."""
-    _, scale = unit_max(lax.stop_gradient(x))
-    scaled = x / jnp.where(scale == 0, 1, scale)
-    squares = jnp.sum(jnp.square(scaled.real) + jnp.square(scaled.imag), axis=(-2, -1))
-    return scale[..., 0, 0] * jnp.sqrt(jnp.where(squares == 0, 1, squares))

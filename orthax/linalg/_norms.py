@@ -58,17 +58,43 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
       1); in float32 for 16-bit input, else the precision of `x`.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = _largest(x, eps)
+    return _divided(x, scale), scale
+
+
+def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`unit_max` with a scale that is constant for differentiation.
+
+    What is computed from the quotient and multiplied by the scale again has the right gradient, and
+    the squares of the scale in that of `unit_max` do not overflow.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jax.lax.stop_gradient(_largest(x, 0.0))
+    return _divided(x, scale), scale
+
+
+def _largest(x: jax.Array, eps: float) -> jax.Array:
     # Not the magnitude of a complex entry, which may overflow.
     size = jnp.maximum(abs(x.real), abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     scale = jnp.max(size, axis=(-2, -1), keepdims=True, initial=0)
-    scale = scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
+    return scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
+
+
+def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
     less = 1 - 0.75 * (scale > 1)
     divisor = jax.lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
-    return (x * less) / divisor, scale
+    return (x * less) / divisor
 
 
 def norm_of_scaled(scaled: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix that `unit_max` returns; 1 for a zero matrix."""
     squares = jnp.sum(jnp.real(scaled * jnp.conj(scaled)), axis=(-2, -1), keepdims=True)
     return jnp.sqrt(squares + (squares == 0))
+
+
+def norm_with_gradient(x: jax.Array) -> jax.Array:
+    """Frobenius norm of each matrix, shape (...,), whose gradient at zero is zero and not NaN."""
+    scaled, scale = constant_unit_max(x)
+    squares = jnp.sum(jnp.square(scaled.real) + jnp.square(scaled.imag), axis=(-2, -1))
+    return scale[..., 0, 0] * jnp.sqrt(jnp.where(squares == 0, 1, squares))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from orthax.linalg._norms import unit_max
+from orthax.linalg._norms import constant_unit_max, norm_with_gradient
 from orthax.linalg._validate import check_matrices, integer_of
 
 
@@ -68,7 +68,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     """
     check_matrices("spectral_norm", x)
     steps = integer_of("spectral_norm", "steps", steps)
-    scaled, scale = unit_max(x)
+    scaled, scale = constant_unit_max(x)
     start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
 
     fixed = lax.stop_gradient(scaled)
@@ -100,9 +100,8 @@ def start_vector(call: str, vector: Any, x: jax.Array, size: int) -> jax.Array:
 
 
 def vector_norm(v: jax.Array) -> jax.Array:
-    """Length along the last axis, with gradient zero at zero."""
-    squares = jnp.sum(jnp.square(v.real) + jnp.square(v.imag), axis=-1)
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    """Length along the last axis, at any scale, with gradient zero at zero."""
+    return norm_with_gradient(v[..., None])
 
 
 def unit(v: jax.Array, otherwise: jax.Array) -> jax.Array:

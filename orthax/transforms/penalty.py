@@ -60,7 +60,7 @@ def add_penalty(
         (on Auto axes the compiler may lay it out otherwise), and a count.
       Sees: any leaf that its penalty takes; needs params. Wrapped in `orthax.as_matrices`, kernels
       of any rank are matrices for the penalty; sections of a packed leaf have paths that end in
-        their number.
+      their number.
 
     Raises:
       ValueError: If `strength` is negative or not finite; at `init` or `update`, what the penalty
