@@ -186,15 +186,18 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing written")
     smoke = parser.parse_args().smoke
     rounds = 2 if smoke else 25
-    size, updates = (16, 40) if smoke else (768, 10_000)
-    optimizers = {"adam(1e-3)": optax.adam(1e-3), "sgd(0.01)": optax.sgd(0.01, momentum=0.9)}
+    size = 16 if smoke else 768
+    runs = {
+        "adam(1e-3)": (optax.adam(1e-3), 40 if smoke else 10_000),
+        "sgd(0.01, 0.9)": (optax.sgd(0.01, momentum=0.9), 40 if smoke else 2_000),
+    }
     data = {
         "penalties": [penalty_row(s, rounds) for s in (((16, 8),) if smoke else SHAPES)],
         "convolutions": [convolution_row(s, rounds) for s in (KERNELS[:1] if smoke else KERNELS)],
         "householder": [householder_row(s, rounds) for s in (((9, 4),) if smoke else REFLECTORS)],
         "long_run": [
             {"optimizer": name} | long_run(size, updates, optimizer)
-            for name, optimizer in optimizers.items()
+            for name, (optimizer, updates) in runs.items()
         ],
     }
     titles = {

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orthax.linalg._convolution import Geometry, geometry_of, make_geometry, pads_of, per_axis
+from orthax.linalg._convolution import (
+    Geometry,
+    check_circle,
+    geometry_of,
+    make_geometry,
+    pads_of,
+    per_axis,
+)
 from orthax.linalg._symmetric import less_identity
 from orthax.linalg._validate import integer_of
 
@@ -132,9 +139,9 @@ def orthogonal_convolution_exists(
         or one integer or pair per axis.
       dilation: Of the kernel.
       groups: Feature groups.
-      input_size: Height and width of the input, where "SAME" or leftover inputs depend on it. None:
-        the windows end with the (padded) input. In either case the input counts as long: several
-        times the kernel.
+      input_size: Height and width of the input, where "SAME" or leftover inputs depend on it; with
+        circular padding, multiples of the strides. None: the windows end with the (padded) input.
+        In either case the input counts as long: several times the kernel.
 
     Returns:
       A Python bool.
@@ -163,6 +170,8 @@ def orthogonal_convolution_exists(
     axes = len(geometry.kernel_size)
     size = None if input_size is None else per_axis(call, "input_size", input_size, axes)
     pads = pads_of(call, padding, geometry, size)
+    if pads is None and size is not None:
+        check_circle(call, geometry, size)
     lengths: Any = (None,) * axes if size is None else size
     by_rows, by_columns = [], []
     for axis in range(axes):

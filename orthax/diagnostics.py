@@ -251,6 +251,7 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
         return start_vector(call, None, jnp.zeros((*w.shape[:-2], 0, 0), dtype), w.shape[-1])
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        check_matrices(call, w, "w")
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector
 

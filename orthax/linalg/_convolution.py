@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ def make_geometry(
     call: str, size: Any, strides: Any, dilation: Any, groups: Any, inputs: Any, outputs: Any
 ) -> Geometry:
     """Geometry of a layer with the given channels, or raises."""
-    size = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
+    size = tuple(size) if isinstance(size, Iterable) else (size,)
     if len(size) + 2 not in _SPATIAL:
         raise ValueError(f"{call}: kernel_size must name one or two axes, got {size!r}.")
     size = tuple(integer_of(call, "kernel_size", k) for k in size)
@@ -76,7 +77,7 @@ def make_geometry(
 
 def per_axis(call: str, argument: str, x: Any, axes: int) -> tuple[int, ...]:
     """One integer of at least 1 for each spatial axis, or raises."""
-    entries = (x,) * axes if isinstance(x, (int, np.integer)) or x is None else tuple(x)
+    entries = tuple(x) if isinstance(x, Iterable) else (x,) * axes
     if len(entries) != axes:
         raise ValueError(
             f"{call}: {argument} must be an integer or {axes} of them, one per spatial axis, "
@@ -120,6 +121,15 @@ def pads_of(
     if len(checked) != axes:
         raise ValueError(f"{known}, got {padding!r}.")
     return checked
+
+
+def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:
+    """Raises unless windows go round an input of the given size in whole strides."""
+    if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
+        raise ValueError(
+            f"{call}: with circular padding, input_size must be a multiple of the strides "
+            f"{geometry.strides}, got {size}."
+        )
 
 
 def convolution_matrix(
@@ -214,11 +224,7 @@ def convolution_singular_values(
     kernel = jnp.asarray(kernel)
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     if pads_of(call, padding, geometry, size) is None:
-        if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
-            raise ValueError(
-                f"{call}: with circular padding, input_size must be a multiple of the strides "
-                f"{geometry.strides}, got {input_size!r}."
-            )
+        check_circle(call, geometry, size)
         matrices = _matrices_by_frequency(kernel, size, geometry)
     else:
         matrices = _matrix(call, kernel, size, geometry, padding)

@@ -142,7 +142,8 @@ def _naming(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
             f"{_CALL}: '{path}': {error} Leaves without a penalty are left out by mask or by "
             "orthax.PathRules."
         ) from error

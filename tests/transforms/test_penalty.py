@@ -698,7 +698,6 @@ def test_a_penalty_that_gives_no_real_scalar_is_refused_with_the_leafs_path(pena
         transformation.update(params, transformation.init(params), params)
 
 
-@pytest.mark.xfail(strict=True, reason="errors of JAX are not made from a message alone")
 @pytest.mark.parametrize("penalty", [lambda w: float(w.sum()), lambda w: np.asarray(w).sum()])
 def test_an_error_of_jax_about_a_penalty_keeps_its_words_and_gets_the_leafs_path(penalty):
     params = {"dense": {"kernel": jnp.ones((3, 2))}}
