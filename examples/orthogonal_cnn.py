@@ -387,7 +387,7 @@ def format_accuracies(lines: list[Tuned]) -> str:
 
 
 def format_operators(lines: list[Tuned]) -> str:
-    """The layers as operators, means over seeds: a Markdown table."""
+    """The layers as operators, L_orth summed over convolutions: a Markdown table of means."""
     rows = [["strength", "L_orth", *NAMES, "Lipschitz bound", "largest slope", "update / weight"]]
     for line in lines:
         ends = zip(line.values("smallest").mean(0), line.values("largest").mean(0), strict=True)
@@ -426,12 +426,15 @@ def draw(lines: list[Tuned], options: Options, path: Path) -> None:
         steps = options.monitor_every * np.arange(len(course))
         right.plot(steps, course, color=colour, label=f"strength {strength}")
     right.set(title="Orthogonality error of kernel 2 as a matrix", xlabel="steps", yscale="log")
+    right.margins(y=0.2)  # for the legend
+    left.legend(fontsize="small", loc=(0.03, 0.07))
+    middle.legend(fontsize="small")
+    right.legend(fontsize="small", loc="lower left", ncols=3)
     for axes in (left, middle):
         axes.set_xticks(places, strengths)
         axes.set_xlabel("strength of the penalty")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc=(0.03, 0.07) if axes is left else "best")
     figure.suptitle(f"CNN on 8x8 digits, Adam with L_orth; {options.seeds} seeds per strength")
     figure.savefig(path, dpi=150)
 

@@ -6,22 +6,27 @@ from typing import Any
 import jax
 import optax
 
-from orthax._dimension_rules import resolve
+from orthax._default_rule import path_name
+from orthax._dimension_rules import PathRules, leaf_path, resolve
 from orthax._memory import WithMemory
 from orthax._views import PackedView, open_view
 
 
 def of_updates(
-    measure: Callable[[jax.Array], Any] | WithMemory, dimension_numbers: Any = None
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
 ) -> Any:
     """A measure of the updates where it stands in a chain, for `optax.snapshot` and `monitor`.
 
     Args:
-      measure: Function of matrices (..., m, n), or a `WithMemory` (for `optax.monitor` only).
-      dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`.
+      measure: Function of matrices (..., m, n); or a `WithMemory` (for `optax.monitor` only); or
+        `orthax.PathRules` from paths to functions of the leaf as it is, such as
+        `convolution_orthogonality`, and to None where nothing is measured.
+      dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`. By the
+        default rule, output heads, embeddings and biases are none, and are not measured. Not used
+        with `PathRules`.
 
     Returns:
-      A function from a tree of updates to a dict: the paths of its matrices to their measures,
+      A function from a tree of updates to a dict: the paths of what is measured to the measures,
       those of a `Packed` leaf as a tuple. Of a `WithMemory`, a transformation that gives this dict.
       `optax.tree.get(state, name)` reads it. `optax.monitor` has it from the first update on, so
       its state changes structure there; for `jax.lax.scan` take `optax.snapshot`.
@@ -46,13 +51,13 @@ def of_updates(
 
 
 def of_params(
-    measure: Callable[[jax.Array], Any] | WithMemory, dimension_numbers: Any = None
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """A measure of the params before the update, for `optax.monitor`.
 
     Args:
-      measure: Function of matrices (..., m, n), or a `WithMemory`.
-      dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`.
+      measure: As in `of_updates`.
+      dimension_numbers: As in `of_updates`.
 
     Returns:
       A transformation whose updates are a dict as in `of_updates`; it needs params.
@@ -77,14 +82,15 @@ def of_params(
 
 
 def of_both(
-    measure: Callable[[jax.Array, jax.Array], Any], dimension_numbers: Any = None
+    measure: Callable[[jax.Array, jax.Array], Any] | PathRules, dimension_numbers: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """A measure of updates and params, for `optax.monitor`.
 
     Args:
       measure: Function of the update and the params before it, both (..., m, n), such as
-        `update_to_weight_ratio`.
-      dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`.
+        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such functions of the leaves
+        as they are.
+      dimension_numbers: As in `of_updates`.
 
     Returns:
       A transformation whose updates are a dict as in `of_updates`; it needs params.
@@ -108,8 +114,14 @@ def of_both(
 
 
 def _check_measure(call: str, measure: Any) -> None:
-    if not callable(measure):
-        raise TypeError(f"{call}: measure must be a function of matrices, got {measure!r}.")
+    if isinstance(measure, PathRules):
+        measures = [value for _, value in measure.rules] + [measure.default]
+        measures = [value for value in measures if value is not None and value is not ...]
+    else:
+        measures = [measure]
+    for value in measures:
+        if not callable(value):
+            raise TypeError(f"{call}: measure must be a function of matrices, got {value!r}.")
 
 
 def _monitored(
@@ -137,15 +149,24 @@ def _monitored(
 
 
 def _measured(
-    fun: Callable[..., Any], trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
+    fun: Any, trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
 ) -> Iterator[tuple[str, Any]]:
     """Path and result of `fun` for each matrix leaf of the first tree, opened in all trees.
 
+    Rules choose a function for each leaf and it sees the leaf as it is.
     Of a packed leaf, a tuple of results or, where there are memories, one of each of their parts.
     """
-    leaves = resolve("orthax.diagnostics", trees[0], dimension_numbers)
     structure = jax.tree.structure(trees[0])
     others = [structure.flatten_up_to(tree) for tree in trees]
+    if isinstance(fun, PathRules):
+        keyed = jax.tree_util.tree_leaves_with_path(trees[0])
+        for (keys, _), *values in zip(keyed, *others, strict=True):
+            path = path_name(leaf_path(keys))
+            measure, _ = fun.lookup(path)
+            if measure is not None and measure is not ...:
+                yield path, measure(*values)
+        return
+    leaves = resolve("orthax.diagnostics", trees[0], dimension_numbers)
     for leaf, *values in zip(leaves, *others, strict=True):
         if leaf.view is None:
             continue

@@ -29,12 +29,7 @@ cases_with_numbers = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_faster():
-    """Hundreds of small programs are compiled here and run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_faster")
 
 
 @functools.cache

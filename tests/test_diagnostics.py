@@ -11,6 +11,7 @@ import tolerances
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
+from orthax.conv_penalties import convolution_orthogonality
 from orthax.diagnostics import (
     effective_rank,
     neuron_norm_spread,
@@ -24,6 +25,8 @@ from orthax.diagnostics import (
     warm_spectral_norm,
 )
 from orthax.penalties import WithMemory
+
+pytestmark = pytest.mark.usefixtures("compile_faster")
 
 SHAPES = [(7, 4), (5, 5), (1, 6), (6, 1), (2, 3, 4, 6)]
 SCALES = [1e-20, 1e-5, 1.0, 1e5, 1e18]
@@ -697,3 +700,36 @@ def test_the_spectral_norm_with_memory_names_itself_when_it_is_applied():
     measure = warm_spectral_norm()
     with pytest.raises(ValueError, match=says("warm_spectral_norm", "(3,)", "two axes")):
         measure.apply(jnp.ones(3), jnp.ones(3))
+
+
+# --- measures by path, of leaves as they are
+
+
+def test_rules_measure_each_leaf_as_it_is_and_heads_too():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 2, 4), "head": (5, 2), "dense": (4, 3)}
+    params = {
+        name: {"kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32), "bias": jnp.ones(2)}
+        for name, shape in shapes.items()
+    }
+    strided = functools.partial(convolution_orthogonality, strides=2)
+    rules = orthax.PathRules(
+        ((r"conv/kernel$", strided), (r"dense", None), (r"head/kernel$", stable_rank))
+    )
+    ratios = orthax.PathRules(((r"head/kernel$", update_to_weight_ratio),))
+    measures = {"found": of_params(rules), "ratio": of_both(ratios)}
+    tx = optax.chain(optax.scale(0.5), optax.monitor(measures))
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    found, ratio = (optax.tree.get(state, name) for name in ("found", "ratio"))
+    assert set(found) == {"conv/kernel", "head/kernel"}
+    assert found["conv/kernel"] == pytest.approx(float(strided(params["conv"]["kernel"])), rel=1e-5)
+    head = np.asarray(params["head"]["kernel"], np.float64)
+    exact = (head**2).sum() / np.linalg.norm(head, 2) ** 2
+    assert found["head/kernel"] == pytest.approx(exact, rel=1e-3)
+    assert ratio == {"head/kernel": pytest.approx(0.5)}
+    assert set(of_updates(rules)(params)) == set(found)
+
+
+def test_a_rule_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=re.escape("of_params: measure must be a function")):
+        of_params(orthax.PathRules((("kernel", "stable_rank"),)))

@@ -21,6 +21,8 @@ from orthax.penalties import (
     warm_spectral_restricted_isometry,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_faster")
+
 RADIUS, SHARPNESS = 3.0, 0.7
 CONVERGED = 300  # steps after which the power iteration has the norm of a small matrix
 
@@ -197,19 +199,11 @@ def test_the_gradient_is_its_closed_form(name):
 
 
 @every_penalty
-def test_a_matrix_in_a_stack_has_the_gradient_that_it_has_alone(name):
-    w = normal((2, 3, 6, 4))
-    gradient = jax.grad(PENALTIES[name])
-    stacked, alone = jax.jit(lambda w: (gradient(w), jax.vmap(jax.vmap(gradient))(w)))(w)
-    np.testing.assert_allclose(stacked, alone, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@every_penalty
-def test_16_bits_are_computed_in_float32(name, dtype):
+def test_16_bits_are_computed_in_float32(name):
     """Entries of 40 have products with a sum beyond the largest float16."""
-    small = [jnp.asarray(normal(shape), dtype) for shape in [(60, 4), (4, 60)]]
-    large = [jnp.asarray(40 * normal((60, 4)), dtype)]
+    dtypes = jnp.float16, jnp.bfloat16
+    small = [jnp.asarray(normal(shape), d) for shape in [(60, 4), (4, 60)] for d in dtypes]
+    large = [jnp.asarray(40 * normal((60, 4)), jnp.float16)]
     function = jax.value_and_grad(PENALTIES[name])
     both, values = jax.jit(
         lambda ws, large: ([function(w) for w in ws], [PENALTIES[name](w) for w in large])
@@ -218,23 +212,13 @@ def test_16_bits_are_computed_in_float32(name, dtype):
         assert value.dtype == np.float32
         np.testing.assert_allclose(value, formula(name, w), rtol=2e-5)
     for w, (_, gradient) in zip(small, both, strict=True):
-        assert gradient.dtype == dtype
+        assert gradient.dtype == w.dtype
         expected = closed_form_gradient(name, w)
-        assert oracles.relative_error(gradient, expected) < tolerances.eps(dtype)
+        assert oracles.relative_error(gradient, expected) < tolerances.eps(w.dtype)
 
 
 @every_penalty
-def test_double_precision_is_kept(name):
-    w = normal((6, 4), np.float64)
-    with tolerances.double_precision():
-        value, gradient = jax.jit(jax.value_and_grad(PENALTIES[name]))(w)
-        assert value.dtype == gradient.dtype == np.float64
-        np.testing.assert_allclose(value, formula(name, w), rtol=1e-12)
-        assert oracles.relative_error(gradient, closed_form_gradient(name, w)) < 1e-12
-
-
-@every_penalty
-def test_the_gradient_is_that_of_the_naive_formula_and_of_finite_differences(name):
+def test_in_double_precision_slopes_are_those_of_the_naive_formula_and_of_differences(name):
     w, directions, step = normal((6, 4), np.float64), normal((5, 6, 4), np.float64, seed=1), 1e-5
 
     def measure(w, directions):
@@ -249,8 +233,11 @@ def test_the_gradient_is_that_of_the_naive_formula_and_of_finite_differences(nam
 
     with tolerances.double_precision():
         values, gradient, naive, forward, differences = jax.jit(measure)(w, jnp.asarray(directions))
+    assert values[0].dtype == gradient.dtype == np.float64
     np.testing.assert_allclose(*values, rtol=1e-12)
+    np.testing.assert_allclose(values[0], formula(name, w), rtol=1e-12)
     np.testing.assert_allclose(gradient, naive, rtol=1e-9, atol=1e-10)
+    assert oracles.relative_error(gradient, closed_form_gradient(name, w)) < 1e-12
     expected = (directions * np.asarray(gradient)).sum((1, 2))
     np.testing.assert_allclose(forward, expected, rtol=1e-10)
     np.testing.assert_allclose(np.asarray(differences) / (2 * step), expected, rtol=1e-6, atol=1e-6)
@@ -312,7 +299,7 @@ def test_value_and_gradient_are_exactly_zero_at_exactly_orthogonal_matrices(name
 def test_it_is_zero_for_orthogonal_matrices_and_positive_for_all_others(name):
     rng = np.random.default_rng(0)
     function = jax.jit(lambda ws: [jax.vmap(UNGATED[name])(w) for w in ws])
-    steps = np.array([0, 1e-2, 1e-1, 1.0])[:, None, None]
+    steps = np.array([0, 1e-2, 1e-1, 1.0, 1e3])[:, None, None]
     stacks = []
     for shape in [(7, 4), (4, 7), (5, 5), (1, 6)]:
         dtype = np.complex64 if shape == (4, 7) else np.float32
@@ -320,15 +307,8 @@ def test_it_is_zero_for_orthogonal_matrices_and_positive_for_all_others(name):
         stacks.append((w + steps * normal(shape, dtype)).astype(dtype))
     for w, values in zip(stacks, function(stacks), strict=True):
         assert values[0] < 1e-5
-        assert (values[1:] > 100 * values[0]).all(), w.shape
-
-
-@every_penalty
-def test_it_is_never_negative(name):
-    scales = np.geomspace(1e-3, 1e3, 40)[:, None, None]
-    ws = [(scales * normal((40, *shape))).astype(np.float32) for shape in [(7, 4), (4, 7), (5, 5)]]
-    for values in jax.jit(lambda ws: [jax.vmap(PENALTIES[name])(w) for w in ws])(ws):
         assert (values >= 0).all()
+        assert (values[1:] > 100 * values[0]).all(), w.shape
 
 
 @every_penalty

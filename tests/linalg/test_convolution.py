@@ -11,6 +11,8 @@ from flax import nnx
 
 from orthax.linalg import convolution_matrix, convolution_singular_values
 
+pytestmark = pytest.mark.usefixtures("compile_faster")
+
 
 def says(*parts):
     """Pattern of a message that holds all parts, in order."""
