@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orthax.linalg._norms import frobenius_norm, unit_max
+from orthax.linalg._norms import constant_unit_max, frobenius_norm, unit_max
 from orthax.linalg._validate import check_matrices, integer_of
 
 
@@ -187,9 +187,8 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
 
 def _unit_columns(v: jax.Array) -> jax.Array:
     """Columns at unit length, in at least float32; zero columns and their gradients stay zero."""
-    v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(lax.stop_gradient(v)), axis=-2, keepdims=True, initial=0)
-    v = v / jnp.where(largest == 0, 1, largest)
+    scaled, _ = constant_unit_max(v.mT[..., None])  # each column by itself
+    v = scaled[..., 0].mT
     squares = jnp.sum(jnp.square(v), axis=-2, keepdims=True)
     return jnp.where(squares == 0, 0, v * lax.rsqrt(jnp.where(squares == 0, 1, squares)))
 

@@ -486,7 +486,7 @@ def test_complex_matrices_keep_their_phase():
 
 def test_the_norm_hardly_drifts_and_a_given_one_not_at_all():
     w = normal((8, 6))
-    for radius, rtol in ((None, 1e-5), (3.0, 5e-7)):
+    for radius, rtol in ((None, 1e-5), (3.0, 1e-6)):
         chain = optax.chain(optax.sgd(0.01), orthax.keep_norm(radius))
         path = path_of(chain, w, wandering, 5000)
         expected = frobenius(w).item() if radius is None else radius
