@@ -26,9 +26,9 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
 
     Returns:
       Shape (..., n, columns), dtype of `v`; 16-bit input is computed in float32. Columns are
-      orthonormal to rounding for any `v`: in float32, entries of :math:`Q^T Q - I` are below 1e-6
-      for random directions up to n = r = 1024, and 6e-6 for 700 times the same one. The determinant
-      of the whole product is :math:`(-1)^r`; a zero column does not count.
+      orthonormal for any `v`: in float32, entries of :math:`Q^T Q - I` are below 1e-6 for random
+      directions up to n = r = 1024, and below 3e-5 for hundreds of nearly parallel ones. The
+      determinant of the whole product is :math:`(-1)^r`; a zero column does not count.
       Differentiable; at a zero column the gradient is zero.
 
     Raises:
@@ -89,6 +89,8 @@ def householder_vectors(q: jax.Array) -> jax.Array:
       Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
     """
     _check_tall("householder_vectors", "q", q)
+    if q.size == 0:
+        return q
     a, _ = unit_max(q)
 
     def reflect(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -147,6 +149,8 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
             f"{call}: u and v must have equal batch axes and numbers of columns, got shapes "
             f"{u.shape} and {v.shape}."
         )
+    if u.shape[-1] == 0:
+        return jnp.zeros((*u.shape[:-1], v.shape[-2]), u.dtype)
     left, right = (householder_product(x, x.shape[-1]) for x in (u, v))
     return jnp.matmul(left, right.mT, precision=lax.Precision.HIGHEST)
 

@@ -23,7 +23,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
 
     Newton-Schulz steps :math:`Y \leftarrow (15 I - 10 R + 3 R^2) Y / 8`, :math:`R = Y Y^T` of the
     shorter side, which cube the distance of every singular value from 1. A matrix that is nearly
-    orthogonal, as weights are after a small update, needs one step: three products. Others are
+    orthogonal, as weights are after a small update, needs one or two, of three products. Others are
     divided by their Schatten-4 norm first and take more, about four for every factor of ten between
     their largest and smallest singular value.
 

@@ -119,13 +119,15 @@ def add_penalty(
         if params is None:
             raise ValueError(f"{_CALL}: update needs params, as its third argument.")
         factor = strength(state.count) if callable(strength) else strength
-        keyed, structure = jax.tree_util.tree_flatten_with_path(updates)
+        keyed, structure = jax.tree_util.tree_flatten_with_path(
+            updates, is_leaf=lambda u: u is None
+        )
         weights = structure.flatten_up_to(params)
         memories = structure.flatten_up_to(state.memory)
         results, kept = [], []
         for (keys, u), w, memory in zip(keyed, weights, memories, strict=True):
             path, value = penalty_of(keys)
-            if value is not None:
+            if value is not None and u is not None:
                 gradient, memory = _naming(path, _gradient, value, w, memory)
                 u = jnp.asarray(u + factor * gradient).astype(jnp.result_type(u))
             results.append(u)
@@ -157,7 +159,8 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
         value_and_memory = functools.partial(_with_memory, penalty)
 
     def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        floating = jnp.issubdtype(w.dtype, jnp.inexact)
+        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32)) if floating else w
         ascent, after = jax.grad(value_and_memory, has_aux=True)(wide, memory)
         return jnp.conj(ascent), jax.tree.map(lambda x, like: x.astype(like.dtype), after, memory)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-import scipy.linalg
+import scipy.sparse.linalg
 import tolerances
 
 from orthax.linalg import SpectralNorm, spectral_norm
@@ -92,7 +92,7 @@ def test_it_converges_to_the_largest_singular_value_and_its_right_vector(shape, 
 
 
 def test_the_result_has_names():
-    result = estimate(with_a_gap((6, 4)), steps=3)
+    result = estimate(with_a_gap((40, 16)), steps=30)
     assert isinstance(result, SpectralNorm)
     assert result._fields == ("norm", "vector", "error")
 
@@ -165,15 +165,16 @@ def test_a_start_across_the_leading_direction_finds_another_singular_value():
 
 def test_the_estimate_grows_with_the_steps():
     x, v = normal((50, 9, 7)), normal((50, 7), seed=1)
-    norms = np.stack([estimate(x, v, steps).norm for steps in (1, 2, 3, 8)])
+    norms = np.stack([estimate(x, v, steps).norm for steps in (1, 2, 6)])
     assert (norms[1:] >= norms[:-1] * (1 - ROUNDING)).all()
     assert (norms[1] > norms[0] * (1 + 1e-3)).mean() > 0.9
 
 
 def test_on_a_large_gaussian_matrix_one_step_gives_seven_tenths_and_thirty_nearly_all():
     x = normal((1000, 960))
-    gram = oracles.float64(x).T @ oracles.float64(x)
-    expected = scipy.linalg.eigvalsh(gram, subset_by_index=[959, 959])[0] ** 0.5
+    expected = scipy.sparse.linalg.svds(
+        oracles.float64(x), k=1, v0=np.ones(960), tol=1e-9, return_singular_vectors=False
+    )[0]
     assert 0.65 < estimate(x).norm / expected < 0.77
     norm, _, error = estimate(x, steps=30)
     assert 0.955 < norm / expected <= 1 + ROUNDING
@@ -240,7 +241,7 @@ def test_a_start_of_extreme_length_does_not_either(length):
     assert np.linalg.norm(actual.vector) == pytest.approx(1, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
 def test_a_start_of_another_dtype_is_taken(dtype):
     x, v = normal((9, 7)), np.array([1, 0, -2, 3, 1, 2, 1])
     actual, expected = estimate(x, jnp.asarray(v, dtype), 2), estimate(x, v.astype(np.float32), 2)
@@ -249,8 +250,8 @@ def test_a_start_of_another_dtype_is_taken(dtype):
 
 
 def test_a_real_start_serves_a_complex_matrix():
-    x, v = normal((9, 7), np.complex64), normal(7, seed=1)
-    actual, expected = estimate(x, v, 3), estimate(x, v.astype(np.complex64), 3)
+    x, v = normal((12, 8), np.complex64), normal(8, seed=1)
+    actual, expected = estimate(x, v, 2), estimate(x, v.astype(np.complex64), 2)
     assert actual.vector.dtype == np.complex64
     np.testing.assert_allclose(actual.vector, expected.vector, atol=1e-6)
 
@@ -261,9 +262,9 @@ def test_a_real_start_serves_a_complex_matrix():
 def test_a_batch_is_its_slices():
     scales = np.array([1e-12, 1, 1e9], np.float32)[:, None, None]
     x, v = normal((3, 9, 7)) * scales, normal((3, 7), seed=1)
-    together = estimate(x, v, 3)
+    together = estimate(x, v, 2)
     for i in range(3):
-        for actual, expected in zip(together, estimate(x[i], v[i], 3), strict=True):
+        for actual, expected in zip(together, estimate(x[i], v[i], 2), strict=True):
             np.testing.assert_allclose(actual[i], expected, rtol=1e-5, atol=1e-7 * scales[i].max())
 
 
@@ -322,6 +323,15 @@ def test_the_gradient_of_a_batch_is_that_of_each_matrix():
     np.testing.assert_allclose(slopes_of(x), u[..., :, :1] * vh[..., :1, :], atol=2e-6)
 
 
+def test_before_the_limit_the_gradient_takes_the_vectors_for_constant():
+    """Of the norm of X^H u with the unit vector u fixed: u times the adjoint of the new vector."""
+    x, v = normal((12, 8)), normal(8, seed=1)
+    slopes = jax.jit(jax.grad(lambda x: spectral_norm(x, v, 2).norm))(x)
+    before, after = (by_recursion(x, v, steps)[1] for steps in (1, 2))
+    u = oracles.float64(x) @ before
+    np.testing.assert_allclose(slopes, np.outer(u / np.linalg.norm(u), after), atol=2e-6)
+
+
 def test_the_gradient_at_zero_is_zero():
     slopes = jax.jit(jax.grad(lambda x: spectral_norm(x, steps=2).norm))(jnp.zeros((3, 2)))
     assert not np.asarray(slopes).any()
@@ -349,23 +359,23 @@ def test_a_zero_matrix_gives_zero_and_the_vector_that_came(dtype):
 
 
 def test_a_vector_that_waited_at_a_zero_matrix_goes_on():
-    vector = estimate(jnp.zeros((12, 8)), steps=3).vector
+    vector = estimate(jnp.zeros((12, 8)), steps=30).vector
     x = with_a_gap((12, 8))
     assert estimate(x, vector, 30).norm == pytest.approx(1, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_own_matrix(bad):
-    x = normal((2, 9, 7))
-    expected = [np.asarray(a) for a in estimate(x, steps=2)]
+    x = normal((3, 9, 7))
+    expected = [np.asarray(a) for a in estimate(x, steps=3)]
     x[0, 3, 4] = bad
-    actual = estimate(x, steps=2)
+    actual = estimate(x, steps=3)
     for found, clean in zip(actual, expected, strict=True):
         assert np.isnan(found[0]).all()
-        np.testing.assert_allclose(found[1], clean[1], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(found[1:], clean[1:], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 3, 4), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4), (2, 0, 4)], ids=str)
 def test_matrices_without_entries_have_norm_zero(shape):
     norm, vector, error = estimate(jnp.zeros(shape))
     assert norm.shape == error.shape == shape[:-2]
