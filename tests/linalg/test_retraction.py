@@ -155,9 +155,15 @@ def test_the_promise_holds_for_a_thousand_columns():
 
 @pytest.fixture
 def a_single_step(monkeypatch):
-    """The function with at most one step."""
-    monkeypatch.setattr(orthax.linalg._retraction, "MAX_STEPS", 1)
-    return jax.jit(lambda x: nearest_orthogonal(x))
+    """The function with at most one step; other functions compiled meanwhile keep theirs."""
+    compiled = jax.jit(lambda x: nearest_orthogonal(x))
+
+    def run(x):
+        with monkeypatch.context() as patched:
+            patched.setattr(orthax.linalg._retraction, "MAX_STEPS", 1)
+            return compiled(x)
+
+    return run
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (24, 40), (3, 12, 8)], ids=str)
