@@ -69,8 +69,8 @@ def convolution_orthogonality(
       whether it can be.
 
     Raises:
-      ValueError: If the kernel has another rank, `groups` does not divide its outputs, or
-        `strides`, `dilation` or `self_padding` is out of range.
+      ValueError: If the kernel has another rank, `groups` does not divide its outputs or is more
+        than 1 for a transposed layer, or `strides`, `dilation` or `self_padding` is out of range.
       TypeError: If the kernel is not floating, or a size no integer.
 
     Example:

@@ -276,8 +276,8 @@ def test_the_spread_is_of_columns_and_zero_where_they_are_orthonormal():
 def test_the_spread_after_an_exact_polar_factor_is_the_published_one():
     """METHODS 2.4, whose neurons are rows: 0.077 for a Gaussian gradient."""
     q = oracles.polar(normal((64, 256))).astype(np.float32)
-    np.testing.assert_allclose(neuron_norm_spread(q), 0.077, rtol=0.1)
-    np.testing.assert_allclose(neuron_norm_spread(oracles.mT(q)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(neuron_norm_spread)(q), 0.077, rtol=0.1)
+    np.testing.assert_allclose(jax.jit(neuron_norm_spread)(oracles.mT(q)), 0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64, jnp.bfloat16, jnp.float16])
@@ -285,7 +285,7 @@ def test_the_ratio_is_that_of_the_frobenius_norms(dtype):
     kind = dtype if dtype == np.complex64 else np.float32
     update = jnp.asarray(normal((2, 3, 6, 4), kind), dtype)
     weight = jnp.asarray(30 * normal((2, 3, 6, 4), kind, seed=1), dtype)
-    value = update_to_weight_ratio(update, weight)
+    value = jax.jit(update_to_weight_ratio)(update, weight)
     assert value.shape == (2, 3)
     assert value.dtype == np.float32
     expected = [np.linalg.norm(oracles.float64(x), axis=(-2, -1)) for x in (update, weight)]
@@ -300,7 +300,7 @@ def test_the_ratio_holds_at_every_scale():
         np.stack([x * np.float32(pair[i]) for pair in scales])
         for i, x in enumerate((update, weight))
     )
-    value = np.asarray(update_to_weight_ratio(updates, weights), np.float64)
+    value = np.asarray(jax.jit(update_to_weight_ratio)(updates, weights), np.float64)
     np.testing.assert_allclose(value, [expected * a / b for a, b in scales], rtol=1e-5)
 
 
@@ -344,7 +344,7 @@ def test_from_call_to_call_the_spectral_norm_is_reached_from_below(dtype):
             return memory, value
 
         run = functools.partial(jax.lax.scan, call, length=60)
-        values = np.asarray(jax.jit(run)(measure.init(w))[1])
+        values = np.asarray(jax.jit(run)(jax.jit(measure.init)(w))[1])
         assert (values <= exact * (1 + 1e-5)).all()
         assert (values[0] < 0.98 * exact).any()
         np.testing.assert_allclose(values[-1], exact, rtol=1e-3)
@@ -353,16 +353,16 @@ def test_from_call_to_call_the_spectral_norm_is_reached_from_below(dtype):
 def test_several_steps_at_a_call_get_as_far_as_several_calls():
     w = normal((12, 8))
     slow, fast = warm_spectral_norm(), warm_spectral_norm(4)
-    memory = slow.init(w)
+    memory = start = jax.jit(slow.init)(w)
     for _ in range(4):
         value, memory = jax.jit(slow.apply)(w, memory)
-    np.testing.assert_allclose(jax.jit(fast.apply)(w, fast.init(w))[0], value, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(fast.apply)(w, start)[0], value, rtol=1e-4)
 
 
 def test_the_spectral_norm_with_memory_holds_at_every_scale_and_bears_zero():
     measure = warm_spectral_norm(100)
     apply, w = jax.jit(measure.apply), normal((6, 4))
-    memory, exact = measure.init(w), np.linalg.norm(oracles.float64(w), 2)
+    memory, exact = jax.jit(measure.init)(w), np.linalg.norm(oracles.float64(w), 2)
     for scale in np.float32(SCALES):
         value, memory = apply(scale * w, memory)
         np.testing.assert_allclose(value, exact * scale, rtol=1e-4)
@@ -417,6 +417,13 @@ def assert_measured(actual, expected, rtol=1e-4):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol), actual, expected)
 
 
+def first_update(tx, updates, params):
+    """Updates and state after one, as a single program."""
+    return jax.jit(lambda updates, params: tx.update(updates, tx.init(params), params))(
+        updates, params
+    )
+
+
 def test_a_snapshot_takes_the_updates_where_it_stands_in_the_chain():
     tx = optax.chain(
         optax.snapshot("before", of_updates(effective_rank, RULES)),
@@ -424,7 +431,7 @@ def test_a_snapshot_takes_the_updates_where_it_stands_in_the_chain():
         optax.snapshot("after", of_updates(singular_values, RULES)),
         optax.scale(5.0),
     )
-    updates, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS))
+    updates, state = first_update(tx, GRADS, PARAMS)
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.5 * g, rtol=1e-5), updates, GRADS)
     before, after = optax.tree.get(state, "before"), optax.tree.get(state, "after")
     assert_measured(before, of_each(functools.partial(formula, "effective rank"), GRADS))
@@ -444,7 +451,7 @@ def test_a_monitor_takes_updates_and_params_and_both():
         ),
         optax.scale(3.0),
     )
-    state, params = tx.init(PARAMS), PARAMS
+    state, params = jax.jit(tx.init)(PARAMS), PARAMS
     for _ in range(2):
         updates, state = jax.jit(tx.update)(GRADS, state, params)
         get = functools.partial(optax.tree.get, state)
@@ -463,7 +470,7 @@ def test_a_monitor_takes_updates_and_params_and_both():
 def test_a_measure_of_both_is_given_the_update_first():
     tx = optax.monitor({"pair": of_both(lambda update, weight: (update, weight))})
     params, grads = {"kernel": normal((3, 2))}, {"kernel": normal((3, 2), seed=1)}
-    _, state = tx.update(grads, tx.init(params), params)
+    _, state = first_update(tx, grads, params)
     update, weight = optax.tree.get(state, "pair")["kernel"]
     np.testing.assert_array_equal(update, grads["kernel"])
     np.testing.assert_array_equal(weight, params["kernel"])
@@ -477,7 +484,7 @@ def test_the_default_rule_decides_without_dimension_numbers():
     }
     rows = orthax.explain(params).rows
     tx = optax.monitor({"rank": of_params(effective_rank), "norm": of_updates(singular_values)})
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = first_update(tx, params, params)
     for name in ("rank", "norm"):
         found = optax.tree.get(state, name)
         assert set(found) == {row.path for row in rows if row.destination == "matrices"}
@@ -494,7 +501,7 @@ def test_dimension_numbers_may_be_those_of_all_leaves_or_a_tree_or_a_function():
     }
     for form in forms:
         tx = optax.monitor({"s": of_params(singular_values, form)})
-        _, state = tx.update(params, tx.init(params), params)
+        _, state = first_update(tx, params, params)
         assert_measured(optax.tree.get(state, "s"), expected)
     tx = optax.monitor({"s": of_updates(singular_values, {"a": numbers, "b": None})})
     _, state = tx.update(params, tx.init(params))
@@ -504,7 +511,7 @@ def test_dimension_numbers_may_be_those_of_all_leaves_or_a_tree_or_a_function():
 def test_a_batch_axis_gives_a_number_for_each_matrix():
     params = {"experts": normal((3, 6, 4))}
     tx = optax.monitor({"rank": of_params(effective_rank, MuonDimensionNumbers(1, 2))})
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = first_update(tx, params, params)
     expected = formula("effective rank", params["experts"])
     np.testing.assert_allclose(optax.tree.get(state, "rank")["experts"], expected, rtol=1e-4)
 
@@ -512,7 +519,7 @@ def test_a_batch_axis_gives_a_number_for_each_matrix():
 def test_holes_in_the_tree_pass():
     params = {"a": {"kernel": normal((6, 4))}, "b": None, "c": optax.MaskedNode()}
     tx = optax.monitor({"u": of_updates(effective_rank), "p": of_params(effective_rank)})
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = first_update(tx, params, params)
     for name in ("u", "p"):
         assert set(optax.tree.get(state, name)) == {"a/kernel"}
 
@@ -521,8 +528,8 @@ def test_holes_in_the_tree_pass():
 def test_a_measure_with_memory_carries_its_vectors_from_update_to_update(make):
     measure = warm_spectral_norm()
     tx = optax.monitor({"norm": make(measure, RULES)})
-    state = tx.init(PARAMS)
-    memories = of_each(measure.init, PARAMS)
+    state = jax.jit(tx.init)(PARAMS)
+    memories = jax.jit(functools.partial(of_each, measure.init))(PARAMS)
     carried = jax.tree.leaves(state)
     assert sorted(x.shape for x in carried) == sorted(x.shape for x in jax.tree.leaves(memories))
     update = jax.jit(tx.update)
@@ -548,7 +555,7 @@ def test_the_memory_starts_from_shapes_alone():
     tx = optax.monitor({"norm": of_params(warm_spectral_norm(), RULES)})
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
     actual = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, shapes))
-    assert actual == jax.tree.map(lambda x: (x.shape, x.dtype), tx.init(PARAMS))
+    assert actual == jax.tree.map(lambda x: (x.shape, x.dtype), jax.jit(tx.init)(PARAMS))
 
 
 def test_a_snapshot_keeps_the_structure_of_its_state_through_a_scan():
@@ -573,7 +580,7 @@ def test_a_snapshot_keeps_the_structure_of_its_state_through_a_scan():
 
 def test_after_the_first_update_a_monitor_with_memory_can_be_scanned_too():
     tx = optax.monitor({"norm": of_params(warm_spectral_norm(), RULES)})
-    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    _, state = first_update(tx, GRADS, PARAMS)
 
     def step(state, _):
         return tx.update(GRADS, state, PARAMS)[1], None
@@ -585,7 +592,7 @@ def test_after_the_first_update_a_monitor_with_memory_can_be_scanned_too():
 
 def test_updates_pass_a_monitor_unchanged():
     tx = optax.monitor({"norm": of_params(orthogonality_error, RULES)})
-    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    updates, _ = first_update(tx, GRADS, PARAMS)
     jax.tree.map(np.testing.assert_array_equal, updates, GRADS)
 
 
@@ -600,7 +607,7 @@ def test_a_measure_of_params_needs_params(make):
 
 def test_a_measure_of_updates_needs_none():
     tx = optax.monitor({"x": of_updates(effective_rank, RULES)})
-    _, state = tx.update(GRADS, tx.init(PARAMS))
+    _, state = jax.jit(lambda updates: tx.update(updates, tx.init(updates)))(GRADS)
     assert_measured(
         optax.tree.get(state, "x"), of_each(functools.partial(formula, "effective rank"), GRADS)
     )
@@ -719,7 +726,7 @@ def test_rules_measure_each_leaf_as_it_is_and_heads_too():
     ratios = orthax.PathRules(((r"head/kernel$", update_to_weight_ratio),))
     measures = {"found": of_params(rules), "ratio": of_both(ratios)}
     tx = optax.chain(optax.scale(0.5), optax.monitor(measures))
-    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    _, state = first_update(tx, params, params)
     found, ratio = (optax.tree.get(state, name) for name in ("found", "ratio"))
     assert set(found) == {"conv/kernel", "head/kernel"}
     assert found["conv/kernel"] == pytest.approx(float(strided(params["conv"]["kernel"])), rel=1e-5)

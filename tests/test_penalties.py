@@ -441,28 +441,19 @@ def test_coherence_of_unit_columns_is_the_largest_cosine():
 
 
 def test_coherence_compares_columns_of_square_and_tall_matrices_and_rows_of_wide_ones():
-    shear = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.25, 0.0]])
-    # columns: (1, 0, .5), (0, 1, .25), 0; the last is 1 away; rows: (.5, .25, 0) has 1 - .3125
-    np.testing.assert_allclose(mutual_coherence(shear), 1.0)
-    np.testing.assert_allclose(mutual_coherence(shear[:, :2]), 0.25)
-    np.testing.assert_allclose(mutual_coherence(shear[:, :2].T), 0.25)
-    uneven = jnp.array([[1.0, 0.0], [0.75, 0.5]])  # columns: .5625, .75, .375; rows: .1875, .75
-    np.testing.assert_allclose(mutual_coherence(uneven), 0.75)
-    uneven = jnp.array([[1.0, 1.0], [0.0, 1.0]])  # columns: 0, 1, 1; rows: 1, 0, 1
-    skew = uneven * jnp.array([[1.0, 0.5], [1.0, 1.0]])  # columns: 0, .5, .25; rows: .25, .5, 0
-    np.testing.assert_allclose(mutual_coherence(skew), 0.5)
-    rows_differ = jnp.array([[0.0, 0.0], [1.0, 1.0]])  # columns: 0, 1, 0; rows: 1, 0, 1
-    np.testing.assert_allclose(mutual_coherence(2 * rows_differ), 4.0)
-    np.testing.assert_allclose(mutual_coherence(2 * rows_differ.T), 7.0)
+    square = np.float32([[0, 0], [2, 2]])  # products of columns: 4, 4, 4; of rows: 0, 0, 8
+    tall = np.float32([[0, 0], [2, 2], [0, 0]])
+    values = jax.jit(lambda ws: [mutual_coherence(w) for w in ws])([square, square.T, tall, tall.T])
+    np.testing.assert_array_equal(values, [4, 7, 4, 4])
 
 
 def test_entries_that_attain_the_largest_share_the_slope_equally():
-    w = jnp.diag(jnp.array([2.0, 2.0, 1.0]))
-    np.testing.assert_allclose(jax.grad(mutual_coherence)(w), np.diag([2.0, 2.0, 0.0]))
-    w = jnp.diag(jnp.array([3.0**0.5, 0.5**0.5, 1.0]))
-    w = w.at[0, 0].set(1.5**0.5)  # one half above and one half below
-    gradient = jax.grad(mutual_coherence)(jnp.diag(jnp.array([1.5, 0.0, 1.0])))
-    np.testing.assert_allclose(gradient, np.diag([3.0, 0.0, 0.0]))
+    """Two squares of length 4; and one of 2 and one of 0, both at distance 1."""
+    equal = np.diag(np.float32([2, 2, 1]))
+    opposite = np.float32([[1, 0, 0], [1, 0, 0], [0, 0, 1]])
+    gradients = jax.jit(jax.vmap(jax.grad(mutual_coherence)))(np.stack([equal, opposite]))
+    np.testing.assert_allclose(gradients[0], np.diag([2, 2, 0]))
+    np.testing.assert_allclose(gradients[1], [[1, 0, 0], [1, 0, 0], [0, 0, 0]])
 
 
 # --- spectral restricted isometry
@@ -540,9 +531,9 @@ def test_the_gram_matrix_is_never_formed(function):
     w = jnp.ones((7, 5))
     for steps in (1, 6):
         if function == "warm":
-            init, apply = warm_spectral_restricted_isometry(steps=steps)
+            _, apply = warm_spectral_restricted_isometry(steps=steps)
             programs = [apply, jax.value_and_grad(apply, has_aux=True)]
-            arguments = w, init(w)
+            arguments = w, jnp.ones(5)
         else:
             penalty = functools.partial(function, steps=steps)
             programs, arguments = [penalty, jax.value_and_grad(penalty)], (w,)
@@ -567,7 +558,7 @@ def test_the_gradient_takes_the_vector_of_the_power_iteration_for_constant(shape
     steps = 2
     with tolerances.double_precision():
         init, apply = warm_spectral_restricted_isometry(steps=steps, squared=squared)
-        start = init(w)
+        start = jax.jit(init)(w)
         (value, last), gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(w, start)
     tall = w if shape[0] > shape[1] else adjoint(w)
     d, v = defect(tall), np.asarray(start)
@@ -685,7 +676,7 @@ def test_memory_keeps_a_vector_at_an_orthogonal_matrix():
 def test_matrices_of_a_stack_have_memories_that_do_not_mix():
     w = normal((3, 12, 8)) * np.array([0.1, 1.0, 30.0], np.float32)[:, None, None]
     init, apply = warm_spectral_restricted_isometry()
-    memory = init(w)
+    memory = jax.jit(init)(w)
     value, after = jax.jit(apply)(w, memory)
     values, alone = jax.jit(jax.vmap(apply))(w, memory)
     np.testing.assert_allclose(value, values.sum(), rtol=1e-5)
@@ -772,7 +763,8 @@ def test_radius_and_sharpness_may_be_traced():
         expected = (x - radius) * gate * (1 - gate) * x
         np.testing.assert_allclose(by_sharpness, expected, rtol=1e-4, atol=1e-5)
     assert len(traces) == 1
-    many = jax.vmap(lambda radius: lambda_orthogonality(w, radius))(jnp.array([0.0, 1.0, jnp.inf]))
+    several = jax.jit(jax.vmap(lambda radius: lambda_orthogonality(w, radius)))
+    many = several(np.float32([0.0, 1.0, np.inf]))
     np.testing.assert_allclose(many, gated(x, np.array([0.0, 1.0, 1e30]), 10.0), rtol=1e-5)
 
 
@@ -785,8 +777,8 @@ def test_the_force_is_strongest_at_the_radius_and_one_outside(radius, sharpness)
         return lambda_orthogonality(jnp.sqrt(1 + x / 2) * jnp.eye(4), radius, sharpness)
 
     with tolerances.double_precision():
-        slope = np.asarray(jax.jit(jax.vmap(jax.grad(along)))(jnp.asarray(x)))
-        at_radius = jax.grad(along)(radius)
+        *slope, at_radius = np.asarray(jax.jit(jax.vmap(jax.grad(along)))(np.append(x, radius)))
+    slope = np.array(slope)
     np.testing.assert_allclose(slope, slope_of_the_gate(x, radius, sharpness), rtol=1e-9)
     expected = sharpness * radius / 4 + 0.5
     np.testing.assert_allclose(at_radius, expected, rtol=1e-9)
