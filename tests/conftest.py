@@ -15,9 +15,9 @@ def warnings_are_errors():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compile_faster():
-    """For modules of many small programs, each run once or twice."""
+    """For tests of small programs, each run once or twice."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -777,8 +777,8 @@ def test_the_force_is_strongest_at_the_radius_and_one_outside(radius, sharpness)
         return lambda_orthogonality(jnp.sqrt(1 + x / 2) * jnp.eye(4), radius, sharpness)
 
     with tolerances.double_precision():
-        *slope, at_radius = np.asarray(jax.jit(jax.vmap(jax.grad(along)))(np.append(x, radius)))
-    slope = np.array(slope)
+        slopes = np.asarray(jax.jit(jax.vmap(jax.grad(along)))(np.append(x, radius)))
+    slope, at_radius = slopes[:-1], slopes[-1]
     np.testing.assert_allclose(slope, slope_of_the_gate(x, radius, sharpness), rtol=1e-9)
     expected = sharpness * radius / 4 + 0.5
     np.testing.assert_allclose(at_radius, expected, rtol=1e-9)

@@ -22,13 +22,6 @@ def compiled(degree=2, passes=1, lower=None):
     return jax.jit(functools.partial(zolotarev, degree=degree, passes=passes, lower=lower))
 
 
-@pytest.fixture
-def compile_faster():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def lower_of(degree, rows, dtype=np.float32):
     """What `lower=None` stands for."""
     return max(1e-3, oracles.smallest_lower(degree, rows, tolerances.eps(dtype)))
