@@ -15,9 +15,12 @@ def warnings_are_errors():
         yield
 
 
-@pytest.fixture
-def compile_faster():
-    """For tests of small programs, each run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test marked `compile_faster` compiles with most optimisations off, its fixtures too."""
+    faster = item.get_closest_marker("compile_faster") is not None
+    jax.config.update("jax_disable_most_optimizations", faster)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -29,7 +29,7 @@ cases_with_numbers = pytest.mark.parametrize(
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 
 @functools.cache

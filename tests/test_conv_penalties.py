@@ -16,7 +16,7 @@ from flax import nnx
 from orthax.conv_penalties import convolution_orthogonality, orthogonal_convolution_exists
 from orthax.penalties import soft_orthogonality
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from orthax.linalg import convolution_matrix, convolution_singular_values
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 
 def says(*parts):

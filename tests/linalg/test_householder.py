@@ -15,7 +15,7 @@ from orthax.linalg import (
     householder_vectors,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 product = jax.jit(householder_product, static_argnames="columns")
 vectors = jax.jit(householder_vectors)

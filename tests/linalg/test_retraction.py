@@ -10,7 +10,7 @@ import tolerances
 import orthax.linalg._retraction
 from orthax.linalg import nearest_orthogonal
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 nearest = jax.jit(nearest_orthogonal)
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 9), (9, 1), (1, 1), (3, 12, 8), (2, 2, 5, 7)]

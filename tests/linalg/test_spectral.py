@@ -12,7 +12,7 @@ import tolerances
 
 from orthax.linalg import SpectralNorm, spectral_norm
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 estimate = jax.jit(spectral_norm, static_argnames="steps")
 SHAPES = [(40, 16), (16, 40), (1, 9), (9, 1), (1, 1), (3, 8, 8), (2, 2, 5, 7)]

@@ -12,7 +12,7 @@ from paths import run, updates_of
 
 import orthax
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 LEAVES = ["tall", "wide", "square"]

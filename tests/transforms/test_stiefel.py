@@ -14,7 +14,7 @@ import tolerances
 import orthax
 from orthax.linalg import polar_svd
 
-pytestmark = pytest.mark.usefixtures("compile_faster")
+pytestmark = pytest.mark.compile_faster
 
 SHAPES = {
     "square": (8, 8),
