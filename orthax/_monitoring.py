@@ -45,9 +45,9 @@ def of_updates(
       3.0
     """
     if isinstance(measure, WithMemory):
-        return _monitored(measure, slice(0, 1), dimension_numbers)
+        return _monitored("of_updates", measure, slice(0, 1), dimension_numbers)
     _check_measure("of_updates", measure)
-    return lambda updates: dict(_measured(measure, (updates,), dimension_numbers))
+    return lambda updates: dict(_measured("of_updates", measure, (updates,), dimension_numbers))
 
 
 def of_params(
@@ -78,7 +78,7 @@ def of_params(
     """
     if not isinstance(measure, WithMemory):
         _check_measure("of_params", measure)
-    return _monitored(measure, slice(1, 2), dimension_numbers)
+    return _monitored("of_params", measure, slice(1, 2), dimension_numbers)
 
 
 def of_both(
@@ -110,7 +110,7 @@ def of_both(
       0.1
     """
     _check_measure("of_both", measure)
-    return _monitored(measure, slice(0, 2), dimension_numbers)
+    return _monitored("of_both", measure, slice(0, 2), dimension_numbers)
 
 
 def _check_measure(call: str, measure: Any) -> None:
@@ -125,13 +125,15 @@ def _check_measure(call: str, measure: Any) -> None:
 
 
 def _monitored(
-    measure: Any, arguments: slice, dimension_numbers: Any
+    call: str, measure: Any, arguments: slice, dimension_numbers: Any
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose updates are the measures of the chosen ones of (updates, params)."""
     remembers = isinstance(measure, WithMemory)
 
     def init(params: Any) -> Any:
-        return dict(_measured(measure.init, (params,), dimension_numbers)) if remembers else {}
+        if not remembers:
+            return {}
+        return dict(_measured(call, measure.init, (params,), dimension_numbers))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -139,17 +141,17 @@ def _monitored(
         del extra
         trees = (updates, params)[arguments]
         if any(tree is None for tree in trees):
-            raise ValueError("orthax.diagnostics: update needs params, as its third argument.")
+            raise ValueError(f"{call}: update needs params, as its third argument.")
         if not remembers:
-            return dict(_measured(measure, trees, dimension_numbers)), state
-        both = dict(_measured(measure.apply, trees, dimension_numbers, state))
+            return dict(_measured(call, measure, trees, dimension_numbers)), state
+        both = dict(_measured(call, measure.apply, trees, dimension_numbers, state))
         return {path: b[0] for path, b in both.items()}, {path: b[1] for path, b in both.items()}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _measured(
-    fun: Any, trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
+    call: str, fun: Any, trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
 ) -> Iterator[tuple[str, Any]]:
     """Path and result of `fun` for each matrix leaf of the first tree, opened in all trees.
 
@@ -166,7 +168,7 @@ def _measured(
             if measure is not None and measure is not ...:
                 yield path, measure(*values)
         return
-    leaves = resolve("orthax.diagnostics", trees[0], dimension_numbers)
+    leaves = resolve(call, trees[0], dimension_numbers)
     for leaf, *values in zip(leaves, *others, strict=True):
         if leaf.view is None:
             continue

@@ -24,7 +24,7 @@ def check_number(
       accepted: Ends "... must", such as "lie in [0, 1]".
       valid: Whether a number is accepted; false for NaN.
     """
-    if not isinstance(x, NUMBER) or np.ndim(x):
+    if not isinstance(x, NUMBER) or isinstance(x, bool) or np.ndim(x):
         raise TypeError(f"{call}: {argument} must be a number, got {x!r}.")
     if not isinstance(x, Tracer) and not valid(x):
         raise ValueError(f"{call}: {argument} must {accepted}, got {x!r}.")

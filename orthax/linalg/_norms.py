@@ -59,7 +59,7 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = _largest(x, eps)
-    return _divided(x, scale), scale
+    return divided(x, scale), scale
 
 
 def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,7 +70,7 @@ def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = jax.lax.stop_gradient(_largest(x, 0.0))
-    return _divided(x, scale), scale
+    return divided(x, scale), scale
 
 
 def _largest(x: jax.Array, eps: float) -> jax.Array:
@@ -80,7 +80,8 @@ def _largest(x: jax.Array, eps: float) -> jax.Array:
     return scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
 
 
-def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Quotient of an array and sizes of any magnitude, zero where the size is zero."""
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
     less = 1 - 0.75 * (scale > 1)
     divisor = jax.lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)

@@ -16,7 +16,7 @@ from jax import lax
 
 from orthax._numbers import check_number
 from orthax.linalg._explicit import explicit_sharding, run_in_auto_mode
-from orthax.linalg._norms import frobenius_norm
+from orthax.linalg._norms import divided, frobenius_norm
 from orthax.linalg._retraction import nearest_orthogonal
 from orthax.linalg._stacking import apply_stacked
 from orthax.transforms._trees import check_matrix_leaves
@@ -261,4 +261,4 @@ def _unit_or(x: jax.Array, otherwise: jax.Array, axis: int | tuple[int, int]) ->
     size = _size(x, axis)
     chosen = jnp.where(size == 0, otherwise, x)
     size = jnp.where(size == 0, _size(otherwise, axis), size)
-    return chosen / jnp.where(size == 0, 1, size)
+    return divided(chosen, size)

@@ -629,7 +629,7 @@ def test_a_strength_that_is_negative_or_not_finite_is_refused(strength):
         orthax.add_penalty(soft_orthogonality, strength)
 
 
-@pytest.mark.parametrize("strength", ["1", None, (0.1,), 1j])
+@pytest.mark.parametrize("strength", ["1", None, (0.1,), 1j, True])
 def test_a_strength_that_is_no_number_is_refused(strength):
     accepted = says("add_penalty: strength must be a number", f"got {strength!r}.")
     with pytest.raises(TypeError, match=accepted):
