@@ -20,13 +20,15 @@ from contract_cases import CASES, grads_of, is_matrix, normal_tree, params_of
 REORDERED = tolerances.rounding(np.float32, gain=100)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_optimizer = pytest.mark.parametrize(
-    "case", [case for case in CASES if "learning_rate" in case.kwargs], ids=lambda case: case.name
-)
-cases_with_numbers = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.numbers], ids=lambda case: case.name
-)
+
+def each(cases):
+    """Tests of one case run one after the other, so that they share what is compiled for it."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name, scope="module")
+
+
+every_case = each(CASES)
+every_optimizer = each([case for case in CASES if "learning_rate" in case.kwargs])
+cases_with_numbers = each([case for case in CASES if case.numbers])
 
 
 pytestmark = pytest.mark.compile_faster
@@ -70,6 +72,11 @@ def assert_equal(actual, expected):
 def assert_finite(tree):
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         assert np.isfinite(oracles.float64(x)).all(), jax.tree_util.keystr(path)
+
+
+def program_of(function, *args):
+    """What is compiled. Old versions of JAX print where in memory a function lies."""
+    return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
 
 
 def types_of(tree):
@@ -116,11 +123,13 @@ def after_two_steps(name):
 
 @every_case
 def test_two_calls_trace_once(case):
-    transformation, params, (g, *_) = case.build(), params_of(case), grads_of(case, 1)
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    state = transformation.init(params)
+    _, new_state = update(g, state, params)
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(transformation.update, n=1))
-    _, state = update(g, transformation.init(params), params)
-    update(g, state, params)
+    update.trace(g, state, params)
+    update.trace(g, new_state, params)
 
 
 @every_case
@@ -181,12 +190,8 @@ def test_unknown_extra_arguments_are_ignored(case):
     if not case.any_tree:  # optax.chain and the other wrappers do this for a plain transformation
         update = optax.with_extra_args_support(transformation).update
     extra = {"value": 1.0, "nobody_knows_this": jnp.ones(2)}
-    programs = [
-        str(jax.make_jaxpr(function)(g, state, params))
-        for function in (functools.partial(update, **extra), update)
-    ]
-    # Old versions of JAX print where in memory a function lies.
-    assert re.sub("0x[0-9a-f]+", "", programs[0]) == re.sub("0x[0-9a-f]+", "", programs[1])
+    without = program_of(update, g, state, params)
+    assert program_of(functools.partial(update, **extra), g, state, params) == without
 
 
 @every_case
@@ -197,7 +202,7 @@ def test_params_are_needed_only_where_the_table_says_so(case):
         with pytest.raises(ValueError, match="params"):
             transformation.update(g, state)
     else:
-        assert_close(update(g, state), update(g, state, params))
+        assert_close(transformation.update(g, state), update(g, state, params))
 
 
 # --- dtypes and the state
@@ -284,29 +289,19 @@ def test_the_state_survives_flax_serialization(case):
     assert_equal(flax.serialization.from_state_dict(template, as_dict), state)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Params and states of all rows, saved with Orbax and restored."""
-    saved, abstract = {}, {}
-    for case in CASES:
-        transformation, params, state, _ = after_two_steps(case.name)
-        saved[case.name] = {"params": params, "state": state}
-        abstract[case.name] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            {"params": params, "state": transformation.init(params)},
-        )
-    path = tmp_path_factory.mktemp("orbax") / "checkpoint"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, saved)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(path, abstract)
-
-
 @every_case
-def test_the_state_survives_an_orbax_checkpoint(case, checkpoint):
-    _, params, state, step = after_two_steps(case.name)
-    restored = checkpoint[case.name]
-    assert_equal(restored, {"params": params, "state": state})
+def test_the_state_survives_an_orbax_checkpoint(case, tmp_path):
+    transformation, params, state, step = after_two_steps(case.name)
+    saved = {"params": params, "state": state}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        {"params": params, "state": transformation.init(params)},
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint", abstract)
+    assert_equal(restored, saved)
     assert_equal(step(restored["state"]), step(state))
 
 
@@ -333,7 +328,7 @@ packed = {"normuon(options)", "trion(options)", "dct_adamw(options)"}
 leaf_by_leaf = [case for case in CASES if case.name not in packed]
 
 
-@pytest.mark.parametrize("case", leaf_by_leaf, ids=lambda case: case.name)
+@each(leaf_by_leaf)
 def test_map_params_pairs_the_state_with_another_tree_like_params(case):
     (transformation, _), params = built(case.name), params_of(case)
     paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), params)
@@ -469,9 +464,7 @@ def test_the_learning_rate_may_be_a_schedule(case):
     assert types_of(state) == types_of(scheduled.init(params))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "weight_decay" in case.kwargs], ids=lambda case: case.name
-)
+@each([case for case in CASES if "weight_decay" in case.kwargs])
 def test_the_weight_decay_may_be_a_schedule(case):
     params, grads = params_of(case), grads_of(case, 3)
     without, _ = steps_of(case.build(weight_decay=0.0), params, grads)
@@ -490,19 +483,6 @@ def test_the_weight_decay_may_be_a_schedule(case):
 
 
 # --- unusual leaves
-
-
-@every_case
-def test_places_without_an_array_stay(case):
-    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
-    (expected,), _ = steps_of(transformation, params, [g], update)
-    for tree in (params, g, expected):
-        tree["none"] = {"kernel": None, "bias": None}
-        tree["masked"] = {"kernel": optax.MaskedNode()}
-        tree["without"] = [{}, (), []]
-    (updates,), state = steps_of(transformation, params, [g], update)
-    assert_close(updates, expected)
-    assert types_of(state) == types_of(transformation.init(params))
 
 
 @pytest.mark.parametrize("tree", [{}, [], (), {"a": None}, optax.MaskedNode()], ids=repr)
@@ -527,13 +507,16 @@ def test_a_python_number_is_a_leaf_like_any_other(case):
 
 
 @every_case
-def test_arrays_without_entries_pass_and_disturb_no_other(case):
+def test_places_without_an_array_and_arrays_without_entries_pass_and_disturb_no_other(case):
     (transformation, update), params, grads = built(case.name), params_of(case), grads_of(case, 2)
     expected, _ = steps_of(transformation, params, grads, update)
     empty = {"no_rows": (0, 4), "no_columns": (4, 0)}
     empty |= {"bias": (0,)} if case.any_tree else {}
     for tree in (params, *grads, *expected):
         tree["empty"] = normal_tree(empty)
+        tree["none"] = {"kernel": None, "bias": None}
+        tree["masked"] = {"kernel": optax.MaskedNode()}
+        tree["without"] = [{}, (), []]
     updates, state = steps_of(transformation, params, grads, update)
     assert_close(updates, expected)
     assert_finite(state)
