@@ -191,6 +191,7 @@ def test_a_transform_keeps_shardings_and_gives_the_updates_of_one_device(name, m
 
 
 @pytest.mark.parametrize("name", sorted(GATHERED_ON_AUTO))
+@pytest.mark.parametrize("mesh", [AxisType.Auto], ids=["auto"], indirect=True)
 def test_what_is_gathered_on_auto_axes_obeys_the_out_shardings_of_jit(name, mesh):
     params, g, expected = on_one_device(name)
     transformation, layout = (OPTIMIZERS | TRANSFORMS)[name], LAYOUTS[name]
