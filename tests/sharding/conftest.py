@@ -21,8 +21,6 @@ def runs_alone(config):
 def pytest_configure(config):
     if runs_alone(config):
         jax.config.update("jax_num_cpu_devices", DEVICES)
-        # Many programs, each run once or twice; how arrays are sharded is decided before.
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_ignore_collect(collection_path, config):
