@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from orthax.linalg._norms import constant_unit_max, norm_with_gradient
+from orthax.linalg._norms import constant_unit_max, divided, norm_with_gradient
 from orthax.linalg._validate import check_matrices, integer_of
 
 
@@ -113,7 +113,7 @@ def vector_norm(v: jax.Array) -> jax.Array:
 def unit(v: jax.Array, otherwise: jax.Array) -> jax.Array:
     """The vector over its length; `otherwise` where that is zero."""
     length = vector_norm(v)[..., None]
-    return jnp.where(length == 0, otherwise, v / jnp.where(length == 0, 1, length))
+    return jnp.where(length == 0, otherwise, divided(v, length))
 
 
 def power_iteration(
