@@ -1,37 +1,80 @@
 """orthax: orthogonality methods for training networks, as optax transformations."""
 
-from orthax import conv_penalties as conv_penalties
-from orthax import diagnostics as diagnostics
-from orthax import linalg as linalg
-from orthax import penalties as penalties
-from orthax.matrices import MatrixView as MatrixView
-from orthax.matrices import Packed as Packed
-from orthax.matrices import PathRules as PathRules
-from orthax.matrices import as_matrices as as_matrices
-from orthax.matrices import explain as explain
-from orthax.matrices import partition_matrices as partition_matrices
-from orthax.optimizers import auon as auon
-from orthax.optimizers import dct_adamw as dct_adamw
-from orthax.optimizers import hybrid_auon as hybrid_auon
-from orthax.optimizers import muon as muon
-from orthax.optimizers import normuon as normuon
-from orthax.optimizers import root as root
-from orthax.optimizers import trion as trion
-from orthax.penalties import WithMemory as WithMemory
-from orthax.transforms import add_penalty as add_penalty
-from orthax.transforms import clip_by_quantile as clip_by_quantile
-from orthax.transforms import keep_norm as keep_norm
-from orthax.transforms import keep_orthogonal as keep_orthogonal
-from orthax.transforms import keep_unit_neurons as keep_unit_neurons
-from orthax.transforms import low_rank as low_rank
-from orthax.transforms import normalize_neurons as normalize_neurons
-from orthax.transforms import orthogonalize as orthogonalize
-from orthax.transforms import project_tangent as project_tangent
-from orthax.transforms import scale_by_adam_per_index as scale_by_adam_per_index
-from orthax.transforms import scale_by_adam_rms as scale_by_adam_rms
-from orthax.transforms import scale_by_cosh_rms as scale_by_cosh_rms
-from orthax.transforms import scale_by_unit_rms as scale_by_unit_rms
-from orthax.transforms import scale_by_width as scale_by_width
-from orthax.transforms import scale_to_rms as scale_to_rms
+from orthax import conv_penalties, diagnostics, linalg, penalties
+from orthax.base.with_memory import WithMemory
+from orthax.matrices.explain import explain
+from orthax.matrices.partition import as_matrices, partition_matrices
+from orthax.matrices.path_rules import PathRules
+from orthax.matrices.view import MatrixView, Packed
+from orthax.optimizers.auon import auon
+from orthax.optimizers.dct_adamw import dct_adamw
+from orthax.optimizers.hybrid_auon import hybrid_auon
+from orthax.optimizers.muon import muon
+from orthax.optimizers.normuon import normuon
+from orthax.optimizers.root import root
+from orthax.optimizers.trion import trion
+from orthax.transforms.adam_per_index import ScaleByAdamPerIndexState, scale_by_adam_per_index
+from orthax.transforms.clip import clip_by_quantile
+from orthax.transforms.constraints import (
+    keep_norm,
+    keep_orthogonal,
+    keep_unit_neurons,
+    project_tangent,
+)
+from orthax.transforms.cosh import scale_by_cosh_rms
+from orthax.transforms.low_rank.projection import LowRankState, low_rank
+from orthax.transforms.normalize import NormalizeNeuronsState, normalize_neurons
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.penalty import AddPenaltyState, add_penalty
+from orthax.transforms.shape_scale import (
+    scale_by_adam_rms,
+    scale_by_unit_rms,
+    scale_by_width,
+    scale_to_rms,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AddPenaltyState",
+    "LowRankState",
+    "MatrixView",
+    "NormalizeNeuronsState",
+    "Packed",
+    "PathRules",
+    "ScaleByAdamPerIndexState",
+    "WithMemory",
+    "add_penalty",
+    "as_matrices",
+    "auon",
+    "clip_by_quantile",
+    "conv_penalties",
+    "dct_adamw",
+    "diagnostics",
+    "explain",
+    "hybrid_auon",
+    "keep_norm",
+    "keep_orthogonal",
+    "keep_unit_neurons",
+    "linalg",
+    "low_rank",
+    "muon",
+    "normalize_neurons",
+    "normuon",
+    "orthogonalize",
+    "partition_matrices",
+    "penalties",
+    "project_tangent",
+    "root",
+    "scale_by_adam_per_index",
+    "scale_by_adam_rms",
+    "scale_by_cosh_rms",
+    "scale_by_unit_rms",
+    "scale_by_width",
+    "scale_to_rms",
+    "trion",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

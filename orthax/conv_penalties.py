@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orthax.linalg._convolution import (
+from orthax.base import check
+from orthax.linalg.convolution import (
     Geometry,
     check_circle,
     geometry_of,
@@ -20,10 +21,13 @@ from orthax.linalg._convolution import (
     pads_of,
     per_axis,
 )
-from orthax.linalg._symmetric import less_identity
-from orthax.linalg._validate import integer_of
+from orthax.linalg.elementary import abs_square, less_identity, wide
 
 __all__ = ["convolution_orthogonality", "orthogonal_convolution_exists"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def convolution_orthogonality(
@@ -85,13 +89,13 @@ def convolution_orthogonality(
       <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
     """
     call = "convolution_orthogonality"
+    check.flag(f"{call}: transposed", transposed)
     if transposed and getattr(kernel, "ndim", 0) > 1:
         kernel = _exchange_channels(call, kernel, groups)
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     if self_padding is not None:
-        integer_of(call, "self_padding", self_padding, least=0)
-    kernel = jnp.asarray(kernel)
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        check.integer(f"{call}: self_padding", self_padding, "[0, inf)")
+    kernel = wide(jnp.asarray(kernel))
     shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)
     kernel = kernel.reshape(shape)
 
@@ -100,7 +104,7 @@ def convolution_orthogonality(
         product = _correlation(kernel, offset)
         if centre:
             product = less_identity(product)
-        total += weight * jnp.sum(jnp.square(product.real) + jnp.square(product.imag))
+        total += weight * jnp.sum(abs_square(product))
     if self_padding is not None:
         return total
     rank = geometry.inputs * math.prod(geometry.strides)

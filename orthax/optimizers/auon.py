@@ -5,14 +5,11 @@ from typing import Any, Literal
 import jax
 import optax
 
-from orthax._numbers import NUMBER
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import (
-    check_transformation,
-    matrix_optimizer,
-    momentum_trace,
-)
-from orthax.transforms import scale_by_adam_rms, scale_by_cosh_rms
+from orthax.base import check
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.transforms.cosh import scale_by_cosh_rms
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def auon(
@@ -22,7 +19,7 @@ def auon(
     gamma: jax.typing.ArrayLike = 1.0,
     mode: Literal["paper", "code", "rms"] = "paper",
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     shape_scale: optax.GradientTransformation = scale_by_adam_rms(direction="unit_norm"),
     fallback: optax.GradientTransformation | None = None,
@@ -71,19 +68,21 @@ def auon(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
-    check_transformation("auon", "shape_scale", shape_scale)
-    trace = momentum_trace("auon", momentum, nesterov, mu_dtype)
-    if mode == "code" and isinstance(momentum, NUMBER):
+    check.transformation("auon: shape_scale", shape_scale)
+    trace = momentum_step("auon", momentum, nesterov, mu_dtype)
+    if mode == "code" and check.is_number(momentum):
+        # The repository averages, so that its direction is 1 - momentum times the trace.
         trace = optax.chain(trace, optax.scale(1 - momentum))
     direction = optax.chain(scale_by_cosh_rms(gamma, mode), shape_scale)
-    return matrix_optimizer(
-        "auon",
-        trace,
-        as_matrices(direction, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=mu_dtype,
-    )
+    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    decay = decay_step("auon", weight_decay)
+    rate = rate_step("auon", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("auon: fallback", fallback, others)
+    return partition("auon", matrices, rest, dimension_numbers)

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import jax
 import optax
 
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import adam_moments, matrix_optimizer
-from orthax.transforms import low_rank, scale_by_adam_per_index
-
-_CORRECTIONS = ("per_index", "global")
+from orthax.base import check
+from orthax.base.leaves import keep_dtypes
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, rate_step
+from orthax.transforms.adam_per_index import scale_by_adam_per_index
+from orthax.transforms.low_rank.projection import low_rank
 
 
 def dct_adamw(
@@ -25,7 +26,7 @@ def dct_adamw(
     ranking: Literal["l1", "l2"] = "l2",
     update_every: int = 1,
     bias_correction: Literal["per_index", "global"] = "per_index",
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     dimension_numbers: Any = None,
@@ -78,14 +79,12 @@ def dct_adamw(
     Reference:
       Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>.
     """
-    if bias_correction not in _CORRECTIONS:
-        raise ValueError(
-            f"dct_adamw: bias_correction must be one of {_CORRECTIONS}, got {bias_correction!r}."
-        )
-    adam = adam_moments(b1, b2, eps, mu_dtype)
+    check.flag("dct_adamw: error_feedback", error_feedback)
+    check.choice("dct_adamw: bias_correction", bias_correction, ("per_index", "global"))
     per_index = scale_by_adam_per_index(b1, b2, eps, mu_dtype=mu_dtype)
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     projected = low_rank(
-        per_index if bias_correction == "per_index" else adam,
+        per_index if bias_correction == "per_index" else keep_dtypes(adam),
         rank,
         basis=basis,
         ranking=ranking,
@@ -93,14 +92,16 @@ def dct_adamw(
         update_every=update_every,
         buffer_dtype=buffer_dtype,
     )
-    return matrix_optimizer(
-        "dct_adamw",
-        optax.identity(),
-        as_matrices(projected, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        adam=adam,
-    )
+    decay = decay_step("dct_adamw", weight_decay)
+    rate = rate_step("dct_adamw", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        # Where Muon has its momentum, so that the states of both are alike.
+        place = optax.identity()
+        return optax.chain(place, leaves(projected), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("dct_adamw: fallback", fallback, others)
+    return partition("dct_adamw", matrices, rest, dimension_numbers)

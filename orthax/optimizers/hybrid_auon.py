@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import optax
 
-from orthax._numbers import check_integer
+from orthax.base import check
 from orthax.linalg import newton_schulz
 from orthax.linalg.coefficients import MUON
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
-from orthax.transforms import orthogonalize, scale_by_adam_rms, scale_by_cosh_rms
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.transforms.cosh import scale_by_cosh_rms
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def hybrid_auon(
@@ -20,7 +22,7 @@ def hybrid_auon(
     gamma: jax.typing.ArrayLike = 1.0,
     steps: int = 1,
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     shape_scale: optax.GradientTransformation = scale_by_adam_rms(direction="unit_norm"),
     fallback: optax.GradientTransformation | None = None,
@@ -68,18 +70,21 @@ def hybrid_auon(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
-    check_integer("hybrid_auon", "steps", steps, least=1)
-    check_transformation("hybrid_auon", "shape_scale", shape_scale)
-    iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * int(steps))
+    steps = check.integer("hybrid_auon: steps", steps)
+    check.transformation("hybrid_auon: shape_scale", shape_scale)
+    trace = momentum_step("hybrid_auon", momentum, nesterov, mu_dtype)
+    iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * steps)
+    # The brake of the published code: the iteration's result is not normalised again.
     direction = optax.chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)
-    return matrix_optimizer(
-        "hybrid_auon",
-        momentum_trace("hybrid_auon", momentum, nesterov, mu_dtype),
-        as_matrices(direction, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=mu_dtype,
-    )
+    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    decay = decay_step("hybrid_auon", weight_decay)
+    rate = rate_step("hybrid_auon", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("hybrid_auon: fallback", fallback, others)
+    return partition("hybrid_auon", matrices, rest, dimension_numbers)

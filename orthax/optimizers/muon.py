@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import optax
 
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
-from orthax.transforms import orthogonalize, scale_by_adam_rms
+from orthax.base import check
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def muon(
@@ -15,7 +17,7 @@ def muon(
     momentum: jax.typing.ArrayLike | optax.GradientTransformation = 0.95,
     *,
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     orthogonalizer: optax.GradientTransformation = orthogonalize(),
     shape_scale: optax.GradientTransformation = scale_by_adam_rms(),
@@ -69,17 +71,19 @@ def muon(
       Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; the default shape
       scale from Liu et al., 2025, <https://arxiv.org/abs/2502.16982>.
     """
-    check_transformation("muon", "orthogonalizer", orthogonalizer)
-    check_transformation("muon", "shape_scale", shape_scale)
+    check.transformation("muon: orthogonalizer", orthogonalizer)
+    check.transformation("muon: shape_scale", shape_scale)
+    trace = momentum_step("muon", momentum, nesterov, mu_dtype)
     direction = optax.chain(orthogonalizer, shape_scale)
-    return matrix_optimizer(
-        "muon",
-        momentum_trace("muon", momentum, nesterov, mu_dtype),
-        as_matrices(direction, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=mu_dtype,
-    )
+    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    decay = decay_step("muon", weight_decay)
+    rate = rate_step("muon", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("muon: fallback", fallback, others)
+    return partition("muon", matrices, rest, dimension_numbers)

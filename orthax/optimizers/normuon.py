@@ -5,9 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
-from orthax.transforms import normalize_neurons, orthogonalize, scale_by_adam_rms
+from orthax.base import check
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.transforms.normalize import normalize_neurons
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def normuon(
@@ -16,7 +19,7 @@ def normuon(
     decay: jax.typing.ArrayLike = 0.95,
     *,
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     orthogonalizer: optax.GradientTransformation = orthogonalize(),
     shape_scale: optax.GradientTransformation = scale_by_adam_rms(),
@@ -61,17 +64,19 @@ def normuon(
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>.
     """
-    check_transformation("normuon", "orthogonalizer", orthogonalizer)
-    check_transformation("normuon", "shape_scale", shape_scale)
+    check.transformation("normuon: orthogonalizer", orthogonalizer)
+    check.transformation("normuon: shape_scale", shape_scale)
+    trace = momentum_step("normuon", momentum, nesterov, mu_dtype)
     direction = optax.chain(orthogonalizer, normalize_neurons(decay), shape_scale)
-    return matrix_optimizer(
-        "normuon",
-        momentum_trace("normuon", momentum, nesterov, mu_dtype),
-        as_matrices(direction, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=mu_dtype,
-    )
+    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    weights_decay = decay_step("normuon", weight_decay)
+    rate = rate_step("normuon", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(trace, leaves(direction), leaves.masked(weights_decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(weights_decay, mask), rate)
+
+    rest = given_or("normuon: fallback", fallback, others)
+    return partition("normuon", matrices, rest, dimension_numbers)

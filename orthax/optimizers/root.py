@@ -5,10 +5,13 @@ from typing import Any
 import jax
 import optax
 
+from orthax.base import check
 from orthax.linalg import coefficients, newton_schulz
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import check_transformation, matrix_optimizer, momentum_trace
-from orthax.transforms import clip_by_quantile, orthogonalize, scale_by_adam_rms
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.transforms.clip import clip_by_quantile
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def root(
@@ -17,7 +20,7 @@ def root(
     *,
     quantile: jax.typing.ArrayLike = 0.9,
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     orthogonalizer: optax.GradientTransformation = orthogonalize(
         newton_schulz, coefficients=coefficients.for_shape
@@ -64,17 +67,19 @@ def root(
     Reference:
       He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
-    check_transformation("root", "orthogonalizer", orthogonalizer)
-    check_transformation("root", "shape_scale", shape_scale)
+    check.transformation("root: orthogonalizer", orthogonalizer)
+    check.transformation("root: shape_scale", shape_scale)
+    trace = momentum_step("root", momentum, nesterov, mu_dtype)
     direction = optax.chain(clip_by_quantile(quantile), orthogonalizer, shape_scale)
-    return matrix_optimizer(
-        "root",
-        momentum_trace("root", momentum, nesterov, mu_dtype),
-        as_matrices(direction, dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=mu_dtype,
-    )
+    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    decay = decay_step("root", weight_decay)
+    rate = rate_step("root", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("root: fallback", fallback, others)
+    return partition("root", matrices, rest, dimension_numbers)

@@ -6,9 +6,12 @@ from typing import Any, Literal
 import jax
 import optax
 
-from orthax.matrices import as_matrices
-from orthax.optimizers._pieces import check_momentum, check_transformation, matrix_optimizer
-from orthax.transforms import low_rank, orthogonalize, scale_by_adam_rms
+from orthax.base import check
+from orthax.matrices.partition import DecidedLeaves, partition
+from orthax.optimizers.parts import decay_step, given_or, rate_step
+from orthax.transforms.low_rank.projection import low_rank
+from orthax.transforms.orthogonalize import orthogonalize
+from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
 def trion(
@@ -19,7 +22,7 @@ def trion(
     basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
     ranking: Literal["l1", "l2"] = "l2",
     update_every: int = 1,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.0,
     mask: Any = None,
     orthogonalizer: optax.GradientTransformation = orthogonalize(),
     shape_scale: optax.GradientTransformation = scale_by_adam_rms(),
@@ -70,9 +73,10 @@ def trion(
     Reference:
       Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, Algorithm 1.
     """
-    check_momentum("trion", momentum)
-    check_transformation("trion", "orthogonalizer", orthogonalizer)
-    check_transformation("trion", "shape_scale", shape_scale)
+    check.number("trion: momentum", momentum, "[0, 1)")
+    check.transformation("trion: orthogonalizer", orthogonalizer)
+    check.transformation("trion: shape_scale", shape_scale)
+    # Algorithm 1: the buffer of low_rank is the momentum, and what was used of it decays.
     projected = low_rank(
         orthogonalizer,
         rank,
@@ -82,14 +86,18 @@ def trion(
         update_every=update_every,
         buffer_dtype=mu_dtype,
     )
-    return matrix_optimizer(
-        "trion",
-        optax.identity(),  # the momentum is the buffer of low_rank
-        as_matrices(optax.chain(projected, shape_scale), dimension_numbers),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        fallback=fallback,
-        dimension_numbers=dimension_numbers,
-        mu_dtype=None,
-    )
+    direction = optax.chain(projected, shape_scale)
+    adam = optax.scale_by_adam()
+    decay = decay_step("trion", weight_decay)
+    rate = rate_step("trion", learning_rate)
+
+    def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        # Where Muon has its momentum, so that the states of both are alike.
+        place = optax.identity()
+        return optax.chain(place, leaves(direction), leaves.masked(decay, mask), rate)
+
+    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        return optax.chain(adam, leaves.masked(decay, mask), rate)
+
+    rest = given_or("trion: fallback", fallback, others)
+    return partition("trion", matrices, rest, dimension_numbers)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax._numbers import check_number
-from orthax.transforms._float16 import accumulate_float16_in_float32
-from orthax.transforms._frames import projected_axis
-from orthax.transforms._trees import check_matrix_leaves, map_matrices
+from orthax.base import check
+from orthax.base.each_matrix import each_matrix
+from orthax.base.leaves import keep_dtypes, zeros_like
+from orthax.linalg.elementary import abs_square, wide
+from orthax.transforms.low_rank.frames import projected_axis
 
 
 class ScaleByAdamPerIndexState(NamedTuple):
@@ -57,8 +58,8 @@ def scale_by_adam_per_index(
         shorter (rows of a square matrix), as `low_rank` makes them; needs no params.
 
     Raises:
-      ValueError: If `b1` or `b2` is outside [0, 1) or `eps` negative; at `init` or `update`, for a
-        leaf of fewer than two axes.
+      ValueError: If `b1` or `b2` is outside [0, 1), `eps` negative or `mu_dtype` not floating; at
+        `init` or `update`, for a leaf of fewer than two axes.
       TypeError: If one is no number; for an integer leaf.
 
     Example:
@@ -74,47 +75,28 @@ def scale_by_adam_per_index(
       Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
     """
     call = "scale_by_adam_per_index"
-    check_number(call, "b1", b1, "lie in [0, 1)", lambda b: 0 <= b < 1)
-    check_number(call, "b2", b2, "lie in [0, 1)", lambda b: 0 <= b < 1)
-    check_number(call, "eps", eps, "be at least 0", lambda e: e >= 0)
+    check.number(f"{call}: b1", b1, "[0, 1)")
+    check.number(f"{call}: b2", b2, "[0, 1)")
+    check.number(f"{call}: eps", eps, "[0, inf)")
+    check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
 
-    def weight(x: jax.Array) -> jax.Array:
+    def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
+        zeros = zeros_like(x)
+        # One number for each index, that is for each place along the projected axis.
         other = -1 if projected_axis(x.shape) == -2 else -2
-        wide = x.real.astype(jnp.promote_types(x.real.dtype, jnp.float32))
-        return jnp.sum(wide, axis=other, keepdims=True)
+        weight = jnp.sum(wide(zeros.real), axis=other, keepdims=True)
+        return zeros.astype(mu_dtype or x.dtype), zeros.real, weight, jnp.zeros_like(weight)
 
-    def init(params: Any) -> ScaleByAdamPerIndexState:
-        def zeros(fun: Any) -> Any:
-            def of_leaf(x: Any) -> jax.Array:
-                if isinstance(x, jax.ShapeDtypeStruct):
-                    x = jnp.zeros(x.shape, x.dtype, device=x.sharding)
-                return fun(jnp.zeros_like(x))
+    def scaled(
+        g: jax.Array, mu: jax.Array, nu: jax.Array, mu_weight: jax.Array, nu_weight: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
+        # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
+        mu = (1 - b1) * g + b1 * mu
+        nu = (1 - b2) * abs_square(g) + b2 * nu
+        mu_weight = (1 - b1) + b1 * mu_weight
+        nu_weight = (1 - b2) + b2 * nu_weight
+        direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
+        return direction, mu, nu, mu_weight, nu_weight
 
-            return map_matrices(call, of_leaf, params)
-
-        return ScaleByAdamPerIndexState(
-            mu=zeros(lambda x: x.astype(mu_dtype or x.dtype)),
-            nu=zeros(lambda x: x.real),
-            mu_weight=zeros(weight),
-            nu_weight=zeros(weight),
-        )
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        check_matrix_leaves(call, updates)
-        moment = optax.tree.update_moment
-        ones = optax.tree.ones_like(state.mu_weight)
-        new = ScaleByAdamPerIndexState(
-            mu=moment(updates, state.mu, b1, 1),
-            nu=optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2),
-            mu_weight=moment(ones, state.mu_weight, b1, 1),
-            nu_weight=moment(ones, state.nu_weight, b2, 1),
-        )
-
-        def direction(g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any) -> jax.Array:
-            return (mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)).astype(g.dtype)
-
-        results = jax.tree.map(direction, updates, *new)
-        return results, jax.tree.map(lambda x, like: x.astype(like.dtype), new, state)
-
-    return accumulate_float16_in_float32(optax.GradientTransformation(init, update))
+    return keep_dtypes(each_matrix(call, scaled, init=start, state=ScaleByAdamPerIndexState))

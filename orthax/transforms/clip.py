@@ -1,14 +1,12 @@
 """`clip_by_quantile`: ROOT's soft threshold, which takes a matrix's outliers off."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from orthax._numbers import check_number
-from orthax.linalg._quantile import quantile_of_magnitude
-from orthax.transforms._small_matrices import map_matrices_stacking_small
+from orthax.base import check
+from orthax.base.each_matrix import SMALL, each_matrix
+from orthax.linalg.quantile import quantile_of_magnitude
 
 
 def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformation:
@@ -46,7 +44,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     Reference:
       He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
-    check_number("clip_by_quantile", "quantile", quantile, "lie in [0, 1]", lambda q: 0 <= q <= 1)
+    check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 
     def clipped(x: jax.Array) -> jax.Array:
         limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
@@ -57,10 +55,6 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
         else:
             outside = jnp.copysign(limit, x)
         # With a NaN as limit every entry is outside.
-        return jnp.where(size <= limit, x, outside).astype(x.dtype)
+        return jnp.where(size <= limit, x, outside)
 
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        return map_matrices_stacking_small("clip_by_quantile", clipped, updates)
-
-    return optax.stateless(update)
+    return each_matrix("clip_by_quantile", clipped, share=SMALL)

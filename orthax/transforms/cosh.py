@@ -1,15 +1,15 @@
 """`scale_by_cosh_rms`: AuON's direction, a matrix over the root mean square of its cosh."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from orthax._numbers import check_number
-from orthax.linalg._norms import norm_of_scaled, unit_max
-from orthax.transforms._small_matrices import map_matrices_stacking_small
+from orthax.base import check
+from orthax.base.each_matrix import SMALL, each_matrix
+from orthax.linalg.elementary import norm_of_scaled, unit_max
 
 _MODES = ("paper", "code", "rms")
 _EPS = 1e-8  # the paper's; R is at least 1
@@ -64,27 +64,20 @@ def scale_by_cosh_rms(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
-    accepted = "be finite and at least 0"
-    check_number("scale_by_cosh_rms", "gamma", gamma, accepted, lambda g: 0 <= g < math.inf)
-    if mode not in _MODES:
-        raise ValueError(f"scale_by_cosh_rms: mode must be one of {_MODES}, got {mode!r}.")
+    check.number("scale_by_cosh_rms: gamma", gamma, "[0, inf)")
+    check.choice("scale_by_cosh_rms: mode", mode, _MODES)
 
     def scaled(x: jax.Array) -> jax.Array:
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1
         largest_is_one, _ = unit_max(x)
         norm = norm_of_scaled(largest_is_one)
         brake = _brake(largest_is_one, gamma * units / norm)
-        wide = x * brake if mode == "code" else largest_is_one * (brake / norm)
-        return wide.astype(x.dtype)
+        return x * brake if mode == "code" else largest_is_one * (brake / norm)
 
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        return map_matrices_stacking_small("scale_by_cosh_rms", scaled, updates)
-
-    return optax.stateless(update)
+    return each_matrix("scale_by_cosh_rms", scaled, share=SMALL)
 
 
-def _brake(x: jax.Array, gamma: Any) -> jax.Array:
+def _brake(x: jax.Array, gamma: jax.Array) -> jax.Array:
     """1 / (R + 1e-8) with R^2 = mean cosh(gamma |x|)^2 = 1 + mean sinh(gamma |x|)^2.
 
     The largest |x| is 1, or up to sqrt(2) for complex x, so the largest argument is known. Where

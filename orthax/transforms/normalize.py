@@ -1,15 +1,15 @@
 """`normalize_neurons`: NorMuon's second moment per neuron, which evens the neurons' step sizes."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from orthax._numbers import check_number
-from orthax.linalg import frobenius_norm
-from orthax.linalg._norms import unit_max
-from orthax.transforms._trees import map_matrices
+from orthax.base import check
+from orthax.base.each_matrix import each_matrix
+from orthax.base.leaves import zeros_like
+from orthax.linalg.elementary import frobenius_norm, unit_max
 
 _AXES = ("output", "long")
 
@@ -70,41 +70,30 @@ def normalize_neurons(
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
     """
-    check_number("normalize_neurons", "decay", decay, "lie in [0, 1)", lambda d: 0 <= d < 1)
-    check_number("normalize_neurons", "eps", eps, "be at least 0", lambda e: e >= 0)
-    if axis not in _AXES:
-        raise ValueError(f"normalize_neurons: axis must be one of {_AXES}, got {axis!r}.")
+    check.number("normalize_neurons: decay", decay, "[0, 1)")
+    check.number("normalize_neurons: eps", eps, "[0, inf)")
+    check.choice("normalize_neurons: axis", axis, _AXES)
 
     def rms_of_neurons(x: jax.Array) -> jax.Array:
+        # A neuron is a column, of entries along axis -2; a row in the paper, which has W^T.
         over = -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
         scaled, scale = unit_max(x)
         squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
         return scale * jnp.sqrt(squares / max(1, x.shape[over]))
 
-    def init(params: Any) -> NormalizeNeuronsState:
-        def zeros(x: Any) -> jax.Array:
-            if isinstance(x, jax.ShapeDtypeStruct):
-                shape = jax.eval_shape(rms_of_neurons, x)
-                return jnp.zeros(shape.shape, shape.dtype)
-            return rms_of_neurons(jnp.zeros_like(x))
+    def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array]:
+        return (rms_of_neurons(zeros_like(x)),)
 
-        return NormalizeNeuronsState(map_matrices("normalize_neurons", zeros, params))
+    def evened(x: jax.Array, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
+        # squares that overflow.
+        old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
+        rms = jnp.hypot(old, new).astype(rms.dtype)
+        # Algorithm 1, the division by its root, entry by entry.
+        divided = x / (rms + eps)
+        # The norm that the matrix had: the paper scales to a norm of its own, the official code as
+        # here. A matrix that eps made zero stays zero.
+        before, after = frobenius_norm(x), frobenius_norm(divided)
+        return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-
-        def accumulate(x: jax.Array, rms: jax.Array) -> jax.Array:
-            # The root of decay * rms**2 + (1 - decay) * new**2, without squares that overflow.
-            old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
-            return jnp.hypot(old, new).astype(rms.dtype)
-
-        def evened(x: jax.Array, rms: jax.Array) -> jax.Array:
-            divided = x / (rms + eps)
-            before, after = frobenius_norm(x), frobenius_norm(divided)
-            restored = divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
-            return restored.astype(x.dtype)
-
-        rms = map_matrices("normalize_neurons", accumulate, updates, state.rms)
-        return jax.tree.map(evened, updates, rms), NormalizeNeuronsState(rms)
-
-    return optax.GradientTransformation(init, update)
+    return each_matrix("normalize_neurons", evened, init=start, state=NormalizeNeuronsState)

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import optax
 
-from orthax.linalg import polar
-from orthax.linalg._stacking import apply_per_leaf, apply_stacked
-from orthax.transforms._trees import check_matrix_leaves
+from orthax.base import check
+from orthax.base.each_matrix import ALL, NONE, each_matrix
+from orthax.linalg.polar_factor.choice import polar
 
 
 def orthogonalize(
@@ -56,22 +56,14 @@ def orthogonalize(
       Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein and
       Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
     """
+    check.function("orthogonalize: method", method)
+    check.flag("orthogonalize: stack", stack)
     _check_options(method, options)
-    configured = functools.partial(method, **options)
-    apply = apply_stacked if stack else apply_per_leaf
-
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        check_matrix_leaves("orthogonalize", updates)
-        leaves, structure = jax.tree.flatten(updates)
-        return structure.unflatten(apply(configured, leaves))
-
-    return optax.stateless(update)
+    configured = functools.partial(method, **options) if options else method
+    return each_matrix("orthogonalize", configured, share=ALL if stack else NONE)
 
 
 def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) -> None:
-    if not callable(method):
-        raise TypeError(f"orthogonalize: method must be a function of matrices, got {method!r}.")
     name = getattr(method, "__name__", repr(method))
     try:
         parameters = inspect.signature(method).parameters.values()

@@ -1,7 +1,6 @@
 """`add_penalty`: the gradient of a penalty on the weights, as `optax.add_decayed_weights` does."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from orthax._default_rule import path_name
-from orthax._dimension_rules import PathRules, leaf_path
-from orthax._memory import WithMemory
-from orthax._numbers import check_number
-from orthax.linalg._explicit import explicit_sharding, replicate_beside, run_in_auto_mode
+from orthax.base import check
+from orthax.base.leaves import (
+    check_params,
+    explicit_sharding,
+    laid_out,
+    path_text,
+    replicate_beside,
+)
+from orthax.base.with_memory import WithMemory
+from orthax.linalg.elementary import wide
+from orthax.matrices.path_rules import PathRules
 
 _CALL = "add_penalty"
 
@@ -91,12 +96,10 @@ def add_penalty(
                 f"{_CALL}: penalty must be a function of an array, an orthax.WithMemory, or "
                 f"orthax.PathRules of such and None, got {value!r}."
             )
-    if not callable(strength):
-        accepted = "be finite and at least 0"
-        check_number(_CALL, "strength", strength, accepted, lambda s: 0 <= s < math.inf)
+    check.number_or_schedule(f"{_CALL}: strength", strength, "[0, inf)")
 
     def penalty_of(keys: Any) -> tuple[str, Any]:
-        path = path_name(leaf_path(keys))
+        path = path_text(keys)
         value = penalty.lookup(path)[0] if isinstance(penalty, PathRules) else penalty
         return path, None if value is ... else value
 
@@ -116,8 +119,7 @@ def add_penalty(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, AddPenaltyState]:
         del extra
-        if params is None:
-            raise ValueError(f"{_CALL}: update needs params, as its third argument.")
+        check_params(_CALL, params)
         factor = strength(state.count) if callable(strength) else strength
         keyed, structure = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda u: u is None
@@ -128,6 +130,7 @@ def add_penalty(
         for (keys, u), w, memory in zip(keyed, weights, memories, strict=True):
             path, value = penalty_of(keys)
             if value is not None and u is not None:
+                # In the gradient's dtype, whatever the penalty's and the strength's are.
                 gradient, memory = _naming(path, _gradient, value, w, memory)
                 u = jnp.asarray(u + factor * gradient).astype(jnp.result_type(u))
             results.append(u)
@@ -159,17 +162,18 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
         value_and_memory = functools.partial(_with_memory, penalty)
 
     def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        # What is not floating is shown to the penalty as it is, which refuses it by name.
         floating = jnp.issubdtype(w.dtype, jnp.inexact)
-        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32)) if floating else w
-        ascent, after = jax.grad(value_and_memory, has_aux=True)(wide, memory)
+        ascent, after = jax.grad(value_and_memory, has_aux=True)(wide(w) if floating else w, memory)
+        # Of complex params `jax.grad` gives the conjugate of the direction of steepest ascent.
         return jnp.conj(ascent), jax.tree.map(lambda x, like: x.astype(like.dtype), after, memory)
 
     w = jnp.asarray(w)
-    sharding = explicit_sharding(w)
-    if sharding is None:
-        return gradient(w, memory)
-    whole = jax.tree.map(lambda _: sharding.update(spec=PartitionSpec()), memory)
-    return run_in_auto_mode(gradient, (sharding, whole))(w, memory)
+    sharding, out = explicit_sharding(w), None
+    if sharding is not None:
+        whole = sharding.update(spec=PartitionSpec())
+        out = sharding, jax.tree.map(lambda _: whole, memory)
+    return laid_out(gradient, out)(w, memory)
 
 
 def _with_memory(penalty: Callable[[jax.Array], jax.Array], w: jax.Array, memory: Any) -> Any:

@@ -6,15 +6,15 @@ field uses the word "spectral" for three of these.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from orthax.linalg._explicit import explicit_sharding
-from orthax.linalg._norms import normalize
-from orthax.transforms._trees import map_matrices
+from orthax.base import check
+from orthax.base.each_matrix import each_matrix
+from orthax.linalg.elementary import normalize
 
 _DIRECTIONS = ("orthogonal", "unit_norm")
 
@@ -73,16 +73,15 @@ def scale_by_adam_rms(
       Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
 
     Raises:
-      ValueError: If `direction` is unknown.
+      ValueError: If `rms` is negative or not finite, or `direction` is unknown.
+      TypeError: If `rms` is no number, or `direction` no string.
 
     Reference:
       Liu et al., Muon is Scalable for LLM Training, 2025, <https://arxiv.org/abs/2502.16982>, Lemma
       1.
     """
-    if direction not in _DIRECTIONS:
-        raise ValueError(
-            f"scale_by_adam_rms: direction must be one of {_DIRECTIONS}, got {direction!r}."
-        )
+    check.number("scale_by_adam_rms: rms", rms, "[0, inf)")
+    check.choice("scale_by_adam_rms: direction", direction, _DIRECTIONS)
     entries = max if direction == "orthogonal" else lambda rows, cols: rows * cols
     return _scale_by_shape(
         "scale_by_adam_rms", lambda rows, cols: rms * math.sqrt(entries(rows, cols))
@@ -99,38 +98,28 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
       A stateless transformation; a zero matrix stays zero.
       Sees: trees whose leaves' last two axes are a matrix; needs no params.
 
+    Raises:
+      ValueError: If `rms` is negative or not finite; at `update`, for a leaf of fewer than two
+        axes.
+      TypeError: If `rms` is no number; at `update`, for an integer leaf.
+
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is scaled
       so.
     """
+    check.number("scale_to_rms: rms", rms, "[0, inf)")
 
-    def update(updates: Any, params: Any) -> Any:
-        del params
+    def scaled(x: jax.Array) -> jax.Array:
+        norm = rms * math.sqrt(math.prod(x.shape[-2:]))
+        return jnp.multiply(norm, normalize(x))
 
-        def scaled(x: jax.Array) -> jax.Array:
-            norm = rms * math.sqrt(math.prod(x.shape[-2:]))
-            return jnp.multiply(norm, normalize(x)).astype(x.dtype)
-
-        return map_matrices("scale_to_rms", scaled, updates)
-
-    return optax.stateless(update)
+    return each_matrix("scale_to_rms", scaled)
 
 
 def _scale_by_shape(
     call: str, factor: Callable[[int, int], jax.typing.ArrayLike]
 ) -> optax.GradientTransformation:
-    def update(updates: Any, params: Any) -> Any:
-        del params
-        factors = {}  # one array per shape keeps programs with many equal leaves small
+    def scaled(x: jax.Array) -> jax.Array:
+        return jnp.multiply(x, factor(*x.shape[-2:]))
 
-        def scaled(x: jax.Array) -> jax.Array:
-            if explicit_sharding(x) is not None:
-                return jnp.multiply(x, factor(*x.shape[-2:])).astype(x.dtype)
-            key = (x.shape, x.dtype)
-            if key not in factors:
-                factors[key] = jnp.broadcast_to(factor(*x.shape[-2:]), x.shape).astype(x.dtype)
-            return x * factors[key]
-
-        return map_matrices(call, scaled, updates)
-
-    return optax.stateless(update)
+    return each_matrix(call, scaled)

@@ -1,0 +1,246 @@
+"""The leaves of a tree: their paths as text, their checks, and the parts of their type that stay.
+
+A JAX array's type is its shape, its dtype and, on a mesh with Explicit axes, its sharding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Path = tuple[str | int, ...]
+"""Components of a leaf's path; integers are positions in lists and tuples."""
+
+
+def path_of(keys: tuple[Any, ...]) -> Path:
+    """The components of a JAX key path, without the `.value` of boxes and NNX variables."""
+    return tuple(_component(key) for at, key in enumerate(keys) if not _is_box(keys, at))
+
+
+def joined(path: Path) -> str:
+    """A path as rules and error messages show it: components joined by `/`."""
+    return "/".join(map(str, path))
+
+
+def path_text(keys: tuple[Any, ...]) -> str:
+    """A JAX key path as rules and error messages show it."""
+    return joined(path_of(keys))
+
+
+def paths_of(tree: Any) -> tuple[list[Path], list[str]]:
+    """The paths of all leaves, in the order of `jax.tree.leaves`, and the same as text."""
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return paths, [joined(path) for path in paths]
+
+
+def _is_box(keys: tuple[Any, ...], at: int) -> bool:
+    """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
+
+    Other attributes of this name belong to the model, such as the value projection of attention.
+    """
+    if getattr(keys[at], "name", None) != "value":
+        return False
+    return at == len(keys) - 1 or (at > 0 and not hasattr(keys[at - 1], "name"))
+
+
+def _component(key: Any) -> str | int:
+    # Keys of dicts, of attributes and of sequences keep their value under different names.
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            value = getattr(key, attribute)
+            return value if isinstance(value, int) else str(value)
+    return str(key)
+
+
+# --- checks
+
+
+def check_matrix_leaves(call: str, tree: Any) -> None:
+    """Raises, naming the leaf, unless all leaves are floating matrices, shape (..., m, n)."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if np.ndim(leaf) < 2:
+            raise ValueError(
+                f"{call}: '{path_text(keys)}' has shape {np.shape(leaf)}; its last two axes must "
+                "be a matrix. Wrap the transformation in orthax.as_matrices to choose axes."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"{call}: '{path_text(keys)}' has dtype {leaf.dtype}; it must be real or complex "
+                "floating."
+            )
+
+
+def matrix_leaves(call: str, tree: Any) -> tuple[list[Any], list["Place"], Any]:
+    """The leaves of a tree of matrices, checked, the place of each, and the tree's structure."""
+    check_matrix_leaves(call, tree)
+    keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
+    places = [Place(path_text(keys), explicit_sharding(x), on_auto_axes(x)) for keys, x in keyed]
+    return [x for _, x in keyed], places, structure
+
+
+def check_matrices(call: str, x: Any, argument: str = "x") -> None:
+    """Raises unless `x` is an array of real or complex floating matrices, shape (..., m, n)."""
+    check_array(call, x, argument)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{call}: {argument} has shape {x.shape}; matrices need at least two axes."
+        )
+
+
+def check_array(call: str, x: Any, argument: str) -> None:
+    """Raises a `TypeError` unless `x` is a real or complex floating array, or the shape of one."""
+    if not isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        raise TypeError(f"{call}: {argument} must be an array, got {type(x).__name__}.")
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}: {argument} has dtype {x.dtype}; it must be real or complex floating."
+        )
+
+
+def check_params(call: str, x: Any) -> None:
+    """Raises a `ValueError` if the params that a transformation needs are missing."""
+    if x is None:
+        raise ValueError(f"{call}: update needs params: call update(updates, state, params).")
+
+
+# --- dtypes
+
+
+def zeros_like(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    return jnp.zeros_like(x)
+
+
+def needs_params(call: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, with an error that names the call if the params are missing."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check_params(call, params)
+        return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def is_masked(x: Any) -> bool:
+    """Whether `x` stands for a leaf that a partition or mask took away."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def keep_dtypes(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets `inner` compute where numbers do not overflow, and keeps the dtypes that came.
+
+    float16 leaves are shown in float32: a heavy-ball sum of float16 gradients near 1e3 overflows
+    within 40 updates, their squares at once. Updates come back in the dtype of the gradients, and
+    what the state holds in the dtype it had: an injected hyperparameter, an array, would widen it.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def widened(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)  # a Python number is a leaf too
+        dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        return jnp.asarray(leaf, dtype)  # strong: a weakly typed state would change its type
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(jax.tree.map(widened, params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide_params = None if params is None else jax.tree.map(widened, params)
+        wide, new = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
+        if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
+            new = jax.tree.map(_in_dtype_of, new, state)
+        return jax.tree.map(lambda u, like: u.astype(jnp.result_type(like)), wide, updates), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_dtype_of(x: Any, old: Any) -> Any:
+    return x if getattr(x, "dtype", None) == getattr(old, "dtype", None) else x.astype(old.dtype)
+
+
+# --- meshes
+#
+# On Explicit axes JAX refuses products over sharded axes and some reshapes, because the sharding of
+# their result is ambiguous: `laid_out` lets the compiler choose inside and fixes the result. On
+# Auto axes only the compiler knows how an array is sharded.
+
+
+class Place(NamedTuple):
+    """Where an array lies, in a tree and on a mesh.
+
+    Attributes:
+      path: Components joined by `/`.
+      sharding: On Explicit mesh axes; None elsewhere.
+      on_auto_axes: Whether it lies on Auto axes.
+    """
+
+    path: str
+    sharding: NamedSharding | None
+    on_auto_axes: bool
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding in the type of `x` if it lies on Explicit mesh axes, else None."""
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def on_auto_axes(x: Any) -> bool:
+    """Whether `x` lies on Auto mesh axes, so that only the compiler knows how it is sharded."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return False
+    mesh = jax.typeof(x).sharding.mesh
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind == AxisType.Auto and size > 1 for kind, size in axes)
+
+
+def on_a_mesh(x: jax.Array) -> bool:
+    """Whether `x` lies on axes of a mesh, of either kind."""
+    return explicit_sharding(x) is not None or on_auto_axes(x)
+
+
+def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
+    """The entries of a sharding's spec, one for each of an array's axes."""
+    return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
+
+
+def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
+    """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
+    if isinstance(like, Tracer):
+        sharding, put = explicit_sharding(like), jax.sharding.reshard
+    else:
+        sharding, put = getattr(like, "sharding", None), jax.device_put
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return put(x, sharding.update(spec=PartitionSpec()))
+
+
+def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+    """`fun` run on Explicit axes as if they were Auto, with its results laid out as told.
+
+    Args:
+      fun: Function of arrays, or trees of them.
+      out_sharding: The results' shardings, in their structure; None if there are no Explicit axes.
+    """
+    if out_sharding is None:
+        return fun
+    return jax.sharding.auto_axes(fun, out_sharding=out_sharding)

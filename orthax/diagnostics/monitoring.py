@@ -1,0 +1,182 @@
+"""Measures of matrices as `optax.snapshot` and `optax.monitor` take them, by the leaves' paths."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from orthax.base import check
+from orthax.base.leaves import check_params, path_text
+from orthax.base.with_memory import WithMemory
+from orthax.matrices.partition import resolve
+from orthax.matrices.path_rules import PathRules
+from orthax.matrices.view import PackedView, open_view
+
+
+def of_updates(
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
+) -> Any:
+    """A measure of the updates where it stands in a chain, for `optax.snapshot` and `monitor`.
+
+    Args:
+      measure: Function of matrices (..., m, n); or a `WithMemory` (for `optax.monitor` only); or
+        `orthax.PathRules` from paths to functions of the leaf as it is, such as
+        `convolution_orthogonality`, and to None where nothing is measured.
+      dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`. By the
+        default rule, output heads, embeddings and biases are none, and are not measured. Not used
+        with `PathRules`.
+
+    Returns:
+      A function from a tree of updates to a dict: the paths of what is measured to the measures,
+      those of a `Packed` leaf as a tuple. Of a `WithMemory`, a transformation that gives this dict.
+      `optax.tree.get(state, name)` reads it. `optax.monitor` has it from the first update on, so
+      its state changes structure there; for `jax.lax.scan` take `optax.snapshot`.
+
+    Raises:
+      TypeError: If `measure` is no function.
+      ValueError: For a leaf whose names leave its axes undecided, or what `measure` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from orthax.diagnostics import stable_rank
+      >>> tx = optax.chain(optax.scale(-0.1), optax.snapshot("rank", of_updates(stable_rank)))
+      >>> updates = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+      >>> _, state = tx.update(updates, tx.init(updates))
+      >>> print(optax.tree.get(state, "rank")["kernel"].round(1))
+      3.0
+    """
+    if isinstance(measure, WithMemory):
+        return _monitored("of_updates", measure, slice(0, 1), dimension_numbers)
+    _check_measure("of_updates", measure)
+    return lambda updates: dict(_measured("of_updates", measure, (updates,), dimension_numbers))
+
+
+def of_params(
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """A measure of the params before the update, for `optax.monitor`.
+
+    Args:
+      measure: As in `of_updates`.
+      dimension_numbers: As in `of_updates`.
+
+    Returns:
+      A transformation whose updates are a dict as in `of_updates`; it needs params.
+      State: the memories, in a dict by path.
+
+    Raises:
+      TypeError: If `measure` is no function.
+      ValueError: At `update`, without params; as in `of_updates`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from orthax.diagnostics import orthogonality_error
+      >>> tx = optax.chain(optax.sgd(0.1), optax.monitor({"error": of_params(orthogonality_error)}))
+      >>> params = {"kernel": 2 * jnp.eye(1)}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> print(optax.tree.get(state, "error"))
+      {'kernel': Array(3., dtype=float32)}
+    """
+    if not isinstance(measure, WithMemory):
+        _check_measure("of_params", measure)
+    return _monitored("of_params", measure, slice(1, 2), dimension_numbers)
+
+
+def of_both(
+    measure: Callable[[jax.Array, jax.Array], Any] | PathRules, dimension_numbers: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """A measure of updates and params, for `optax.monitor`.
+
+    Args:
+      measure: Function of the update and the params before it, both (..., m, n), such as
+        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such functions of the leaves
+        as they are.
+      dimension_numbers: As in `of_updates`.
+
+    Returns:
+      A transformation whose updates are a dict as in `of_updates`; it needs params.
+
+    Raises:
+      TypeError: If `measure` is no function.
+      ValueError: At `update`, without params; as in `of_updates`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from orthax.diagnostics import update_to_weight_ratio
+      >>> measures = {"ratio": of_both(update_to_weight_ratio)}
+      >>> tx = optax.chain(optax.sgd(0.1), optax.monitor(measures))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> print(optax.tree.get(state, "ratio")["kernel"].round(3))
+      0.1
+    """
+    _check_measure("of_both", measure)
+    return _monitored("of_both", measure, slice(0, 2), dimension_numbers)
+
+
+def _check_measure(call: str, measure: Any) -> None:
+    if isinstance(measure, PathRules):
+        measures = [value for _, value in measure.rules] + [measure.default]
+        measures = [value for value in measures if value is not None and value is not ...]
+    else:
+        measures = [measure]
+    for value in measures:
+        check.function(f"{call}: measure", value)
+
+
+def _monitored(
+    call: str, measure: Any, arguments: slice, dimension_numbers: Any
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose updates are the measures of the chosen ones of (updates, params)."""
+    remembers = isinstance(measure, WithMemory)
+
+    def init(params: Any) -> Any:
+        if not remembers:
+            return {}
+        return dict(_measured(call, measure.init, (params,), dimension_numbers))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[dict[str, Any], Any]:
+        del extra
+        trees = (updates, params)[arguments]
+        for tree in trees:
+            check_params(call, tree)
+        if not remembers:
+            return dict(_measured(call, measure, trees, dimension_numbers)), state
+        both = dict(_measured(call, measure.apply, trees, dimension_numbers, state))
+        return {path: b[0] for path, b in both.items()}, {path: b[1] for path, b in both.items()}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _measured(
+    call: str, fun: Any, trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
+) -> Iterator[tuple[str, Any]]:
+    """Path and result of `fun` for each matrix leaf of the first tree, opened in all trees.
+
+    Rules choose a function for each leaf and it sees the leaf as it is.
+    Of a packed leaf, a tuple of results or, where there are memories, one of each of their parts.
+    """
+    structure = jax.tree.structure(trees[0])
+    others = [structure.flatten_up_to(tree) for tree in trees]
+    if isinstance(fun, PathRules):
+        keyed = jax.tree_util.tree_leaves_with_path(trees[0])
+        for (keys, _), *values in zip(keyed, *others, strict=True):
+            path = path_text(keys)
+            measure, _ = fun.lookup(path)
+            if measure is not None and measure is not ...:
+                yield path, measure(*values)
+        return
+    leaves = resolve(call, trees[0], dimension_numbers)
+    for leaf, *values in zip(leaves, *others, strict=True):
+        if leaf.view is None:
+            continue
+        matrices = [open_view(leaf.view, value) for value in values]
+        kept = [memory[leaf.path] for memory in memories]
+        if not isinstance(leaf.view, PackedView):
+            yield leaf.path, fun(*matrices, *kept)
+            continue
+        results = tuple(fun(*parts) for parts in zip(*matrices, *kept, strict=True))
+        yield leaf.path, tuple(zip(*results, strict=True)) if memories else results

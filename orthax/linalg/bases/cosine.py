@@ -1,0 +1,181 @@
+"""The orthonormal cosine transforms of types II and III, as a matrix product and by FFT."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orthax.base import check
+from orthax.base.leaves import check_matrices, on_a_mesh
+from orthax.linalg.elementary import wide
+
+Method = Literal["auto", "matrix", "fft"]
+
+FFT_FROM = {"cpu": 256}
+"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py); about
+the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered,
+"auto" multiplies."""
+
+LONGEST = 2**15
+"""For a matrix: integers up to 2 n**2 stay below 2**32."""
+
+
+def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
+    r"""Orthonormal DCT-II of each row.
+
+    :math:`y_k = s_k \sum_j x_j \cos(\pi k (2j + 1) / 2n)` with :math:`s_0 = \sqrt{1/n}` and
+    :math:`s_k = \sqrt{2/n}`: the product of `x` with `dct_matrix(n)`. Smooth rows have their energy
+    in the first few coefficients.
+
+    Args:
+      x: Shape (..., m, n), real or complex floating; the last axis is transformed.
+      method: "matrix" multiplies by `dct_matrix(n)`, which shards without collectives over all axes
+        but the last; "fft" uses one FFT of length n (Makhoul, 1980), n log n operations a row;
+        "auto" takes the faster one by length and backend, and products on meshes.
+
+    Returns:
+      Same shape and dtype; 16-bit input is computed in float32.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes or `method` is unknown.
+      TypeError: If `x` is not floating.
+
+    Example:
+      >>> print(dct(jnp.ones((1, 4))).round(3))
+      [[2. 0. 0. 0.]]
+
+    Reference:
+      Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
+    """
+    return _transformed("dct", x, method)
+
+
+def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
+    """Inverse of `dct`, the orthonormal DCT-III of each row.
+
+    Args:
+      x: Shape (..., m, n), real or complex floating; the last axis is transformed.
+      method: As in `dct`.
+
+    Returns:
+      Same shape and dtype; 16-bit input is computed in float32.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes or `method` is unknown.
+      TypeError: If `x` is not floating.
+
+    Example:
+      >>> x = jnp.array([[3.0, -1.0, 2.0]])
+      >>> bool(jnp.allclose(idct(dct(x)), x, atol=1e-6))
+      True
+    """
+    return _transformed("idct", x, method)
+
+
+def dct_matrix(n: int, dtype: Any = jnp.float32) -> jax.Array:
+    """The matrix of the orthonormal DCT-II, by which `dct` multiplies.
+
+    It is orthogonal, so its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of
+    k half periods. Entries are exact to the rounding of `dtype`.
+
+    Args:
+      n: Length of a row, at most 32768.
+      dtype: Real floating.
+
+    Returns:
+      Shape (n, n).
+
+    Raises:
+      ValueError: If `n` is outside [1, 32768], or `dtype` is not floating.
+      TypeError: If `n` is no integer, or `dtype` no dtype.
+
+    Example:
+      >>> print(dct_matrix(2).round(3))
+      [[ 0.707  0.707]
+       [ 0.707 -0.707]]
+    """
+    n = check.integer("dct_matrix: n", n, f"[1, {LONGEST}]")
+    check.floating_dtype("dct_matrix: dtype", dtype)
+    return dct_columns(n, jnp.arange(n), dtype)
+
+
+def dct_columns(n: int, indices: jax.Array, dtype: Any, *, transposed: bool = False) -> jax.Array:
+    """Columns of the DCT-II matrix, or of its transpose, the DCT-III matrix.
+
+    Args:
+      n: Length of a column.
+      indices: Which, integers of shape (..., r).
+      dtype: Real floating.
+      transposed: Whether columns of the transpose are wanted.
+
+    Returns:
+      Shape (..., n, r).
+    """
+    if n > LONGEST:
+        raise ValueError(f"dct: a matrix has at most {LONGEST} rows, got {n}.")
+    place = jnp.reshape(jnp.arange(n, dtype=jnp.uint32), (*(1,) * (indices.ndim - 1), n, 1))
+    frequency = indices.astype(jnp.uint32)[..., None, :]
+    if transposed:
+        place, frequency = frequency, place
+    # Looked up, as 4n cosines in float64 are cheaper and more exact than n * r in `dtype`.
+    angles = np.arange(4 * n) * (np.pi / (2 * n))
+    cosines = jnp.asarray(np.sqrt(2 / n) * np.cos(angles), dtype)
+    found = cosines[(frequency * (2 * place + 1)) % np.uint32(4 * n)]
+    return jnp.where(frequency == 0, jnp.asarray(np.sqrt(1 / n), dtype), found)
+
+
+def _transformed(call: str, x: jax.Array, method: Method) -> jax.Array:
+    check_matrices(call, x)
+    check.choice(f"{call}: method", method, ("auto", "matrix", "fft"))
+    if x.size == 0:
+        return x
+    return cosine_transform(wide(x), method, inverse=call == "idct").astype(x.dtype)
+
+
+def cosine_transform(x: jax.Array, method: Method = "auto", *, inverse: bool = False) -> jax.Array:
+    """`dct`, or `idct`, of checked arguments in at least float32."""
+    n = x.shape[-1]
+    if method == "auto":
+        method = "fft" if _fft_is_faster(x) else "matrix"
+    if method == "fft":
+        by_fft = _idct_by_fft if inverse else _dct_by_fft
+        return jax.lax.complex(by_fft(x.real), by_fft(x.imag)) if _is_complex(x) else by_fft(x)
+    matrix = dct_columns(n, jnp.arange(n), x.real.dtype, transposed=inverse)
+    return jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
+
+
+def _is_complex(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _fft_is_faster(x: jax.Array) -> bool:
+    backend = "a mesh" if on_a_mesh(x) else jax.default_backend()
+    return x.shape[-1] >= FFT_FROM.get(backend, LONGEST + 1)
+
+
+def _dct_by_fft(x: jax.Array) -> jax.Array:
+    n = x.shape[-1]
+    spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
+    turned = spectrum * _turns(x).conj()
+    return jnp.concatenate([turned.real, -turned.imag[..., 1 : (n + 1) // 2][..., ::-1]], axis=-1)
+
+
+def _idct_by_fft(y: jax.Array) -> jax.Array:
+    n = y.shape[-1]
+    half = n // 2 + 1
+    mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., : n - half : -1]], axis=-1)
+    spectrum = jax.lax.complex(y[..., :half], -mirrored) / _turns(y).conj()
+    x = jnp.fft.irfft(spectrum, n)
+    even, odd = x[..., : (n + 1) // 2], x[..., n // 2 :][..., ::-1]  # of an odd n, one too many
+    return jnp.reshape(jnp.stack([even, odd], axis=-1), (*x.shape[:-1], -1))[..., :n]
+
+
+def _turns(x: jax.Array) -> jax.Array:
+    """Scaled turns s_k exp(i pi k / 2n) for the first half of a spectrum, (1, ..., n // 2 + 1)."""
+    n = x.shape[-1]
+    k = np.arange(n // 2 + 1)
+    scale = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+    turns = scale * np.exp(0.5j * np.pi * k / n)
+    turns = np.reshape(turns, (*(1,) * (x.ndim - 1), -1))
+    return jnp.asarray(turns, jnp.promote_types(x.dtype, jnp.complex64))

@@ -1,0 +1,147 @@
+"""The polar factor by the method that suits: chosen by rule, or by singular value decomposition."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from orthax.base import check
+from orthax.base.leaves import check_matrices, on_auto_axes
+from orthax.linalg.elementary import normalize, unit_max
+from orthax.linalg.polar_factor.gram import gram_newton_schulz
+from orthax.linalg.polar_factor.newton_schulz import newton_schulz
+from orthax.linalg.polar_factor.tables import minimax
+from orthax.linalg.polar_factor.zolotarev import rational
+
+
+class Rule(NamedTuple):
+    """One line of the table by which `polar` chooses.
+
+    Attributes:
+      accuracy: "fast" or "exact".
+      backend: Of JAX, or "any": that also stands for arrays on Auto axes of a mesh, on any backend,
+        where products shard and factorisations are gathered.
+      bits: Of a real number of the input, at least.
+      aspect: Longer over shorter side, at least.
+      method: Function of matrices.
+    """
+
+    accuracy: str
+    backend: str
+    bits: int
+    aspect: float
+    method: Callable[[jax.Array], jax.Array]
+
+
+_EXACT_POLYNOMIAL = functools.partial(
+    newton_schulz,
+    coefficients=minimax(10, 1e-5),
+    prescale="schatten",
+    dtype=jnp.float32,
+    precision="highest",
+)
+
+ACCURACIES = ("fast", "exact")
+
+RULES = (
+    Rule("fast", "cpu", 16, 1, rational),
+    Rule("exact", "cpu", 16, 1, functools.partial(rational, degree=3, passes=2)),
+    Rule("fast", "any", 32, 2, gram_newton_schulz),
+    Rule("fast", "any", 16, 1, newton_schulz),
+    Rule("exact", "any", 16, 1, _EXACT_POLYNOMIAL),
+)
+"""The first line that fits decides.
+
+CPU: measured from 16 x 16 to 1024 x 8192 (benchmarks/orthogonality.py); the rational form is the
+fastest at its accuracy, or within a tenth of it, at every shape. Other backends: by operation
+counts, not measured.
+"""
+
+
+def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Array:
+    """Approximates the orthogonal polar factor by the fastest method for shape, dtype and backend.
+
+    On CPU that is `zolotarev`; elsewhere, and for arrays on Auto mesh axes, `newton_schulz` or, for
+    long matrices, `gram_newton_schulz`: they consist of matrix products alone. Vectors (a side of
+    1) are divided by their norm. To name the method instead: `orthax.orthogonalize(newton_schulz)`.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating. Any scale.
+      accuracy: "fast", or "exact" for about twice the work. On momentum of trained networks,
+        whose singular values are mostly tiny, "fast" is 0.2 to 0.8 away from the polar factor
+        (relative Frobenius distance) and "exact" at most 0.12.
+
+    Returns:
+      Same shape and dtype. Singular values, for a smallest of r relative to the Frobenius norm, in
+      float32 and up to 8192 rows: "fast": [0.79, 1.21] for r of at least 2e-3 (1e-3 up to 512
+      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. A zero matrix gives exactly
+      zero, a NaN or infinity NaN.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes or `accuracy` is unknown.
+      TypeError: If `x` is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = polar(jnp.array([[0.0, 5.0], [-2.0, 0.0]]), "exact")
+      >>> bool(jnp.allclose(q, jnp.array([[0.0, 1.0], [-1.0, 0.0]]), atol=0.06))
+      True
+    """
+    check_matrices("polar", x)
+    if accuracy not in ACCURACIES:
+        check.choice("polar: accuracy", accuracy, ACCURACIES)
+    short, long = sorted(x.shape[-2:])
+    if short <= 1:
+        return normalize(x).astype(x.dtype)
+    backend = "any" if on_auto_axes(x) else jax.default_backend()
+    return next(
+        rule.method
+        for rule in RULES
+        if rule.accuracy == accuracy
+        and rule.backend in (backend, "any")
+        and rule.bits <= jnp.finfo(x.dtype).bits
+        and rule.aspect <= long / short
+    )(x)
+
+
+def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
+    r"""Orthogonal polar factor :math:`U V^T` of each matrix :math:`x = U S V^T`.
+
+    It is the orthonormal matrix nearest to `x`, and what the faster methods approximate. Singular
+    values that count as zero stay zero, so the result is a partial isometry for rank-deficient
+    input.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating. Any scale.
+      rtol: Singular values of at most rtol times the largest count as zero. None: max(m, n) eps,
+        the most that rounding may make of a zero. That cuts off much of real momentum in float32,
+        whose singular values are mostly tiny: on a matrix of width 768 from early in training, half
+        of the directions. With `rtol=1e-7` it keeps nearly all.
+
+    Returns:
+      Same shape and dtype; 16-bit input is computed in float32. Zero for a zero matrix. A NaN or
+      infinity gives NaN. Gradients are those of `jnp.linalg.svd`: not finite where singular values
+      repeat.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes or `rtol` is negative.
+      TypeError: If `x` is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(polar_svd(jnp.array([[0.0, 5.0], [-2.0, 0.0]])).round(6) + 0.0)
+      [[ 0.  1.]
+       [-1.  0.]]
+    """
+    check_matrices("polar_svd", x)
+    if rtol is not None:
+        check.number("polar_svd: rtol", rtol, "[0, inf]")
+    if x.size == 0:
+        return x
+    scaled, _ = unit_max(x)
+    u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
+    negligible = (max(x.shape[-2:]) * jnp.finfo(s.dtype).eps if rtol is None else rtol) * s[..., :1]
+    kept = u * jnp.where(s > negligible, 1, 0)[..., None, :].astype(u.dtype)
+    return (kept @ vh).astype(x.dtype)

@@ -1,0 +1,154 @@
+"""Newton-Schulz on the small Gram matrix, for matrices much longer on one side than the other."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from orthax.base.leaves import check_matrices
+from orthax.linalg.coefficients import POLAR_EXPRESS
+from orthax.linalg.elementary import gram, normalize, symmetric_product, wide
+from orthax.linalg.polar_factor.newton_schulz import (
+    Coefficients,
+    check_iteration,
+    compute_dtype,
+    table_of,
+)
+from orthax.linalg.polar_factor.tables import Table
+
+LARGEST_ERROR = 0.02
+"""Relative error of the smallest singular values that rounding may cause between restarts."""
+
+
+def gram_newton_schulz(
+    x: jax.Array,
+    coefficients: Coefficients = POLAR_EXPRESS,
+    *,
+    restarts: Sequence[int] | None = None,
+    dtype: Any = None,
+    precision: Any = None,
+    eps: float = 0.0,
+) -> jax.Array:
+    r"""`newton_schulz` by products of the shorter side's size: the same polynomial, cheaper.
+
+    A step multiplies :math:`X` by :math:`P = a I + b R + c R^2` with :math:`R = X X^T`. Since all
+    of these commute, the factor :math:`Q \leftarrow P Q` and the Gram matrix
+    :math:`R \leftarrow P R P` can be iterated alone and X be multiplied once at the end: two long
+    products in all instead of two per step. It pays from about twice as many columns as rows.
+
+    Rounding of R grows by the square of what the steps multiply the smallest singular value by; a
+    restart applies Q to X and forms R anew.
+
+    Args:
+      x: Matrices, shape (..., m, n), real or complex floating. Any scale.
+      coefficients: As in `newton_schulz`.
+      restarts: Steps (0 is the first) before which R is formed anew, increasing. None: chosen from
+        the table and the dtype: as few as keep what rounding does below 2e-2 of any singular
+        value. In bfloat16 nearly every step needs one, which leaves nothing of the gain.
+      dtype: As in `newton_schulz`, of the long products. Those of the Gram matrix's size are
+        computed in at least float32.
+      precision: Passed to `jnp.matmul` for the long products. None: "highest" for the Gram matrix,
+        whose rounding the restarts are chosen for, and the backend's default for the other.
+      eps: As in `newton_schulz`.
+
+    Returns:
+      As `newton_schulz` with the same coefficients, but for rounding. A zero matrix gives exactly
+      zero, a NaN or infinity NaN.
+
+    Raises:
+      ValueError: If `x` has fewer than two axes, a row of coefficients is not a triple, or
+        `restarts` are not increasing steps of the table, from 1.
+      TypeError: If `x` is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax.linalg import coefficients
+      >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.01, 0.0]])
+      >>> q = gram_newton_schulz(x, coefficients.minimax(8, 1e-3))
+      >>> bool(jnp.allclose(q, jnp.eye(2, 3), atol=1e-3))
+      True
+
+    Reference:
+      Dao AI Lab, Gram Newton-Schulz, 2026, <https://github.com/Dao-AILab/gram-newton-schulz>.
+    """
+    check_matrices("gram_newton_schulz", x)
+    check_iteration("gram_newton_schulz", dtype, eps)
+    table = table_of("gram_newton_schulz", x, coefficients)
+    used = jnp.dtype(compute_dtype(x.dtype, dtype))
+    if restarts is None:
+        restarts = best_restarts(table, float(jnp.finfo(used).eps))
+    _check_restarts(restarts, len(table))
+    if x.size == 0:
+        return x
+    tall = x.shape[-2] > x.shape[-1]
+    y = normalize(x.mT if tall else x, eps).astype(used)
+    for first, end in itertools.pairwise((0, *restarts, len(table))):
+        y = jnp.matmul(_factor(y, table[first:end], precision).astype(used), y, precision=precision)
+    return (y.mT if tall else y).astype(x.dtype)
+
+
+def _factor(y: jax.Array, table: Table, precision: Any) -> jax.Array:
+    """The matrix by which the steps of a table multiply y from the left."""
+    product = functools.partial(symmetric_product, precision=lax.Precision.HIGHEST)
+    r = wide(gram(y, lax.Precision.HIGHEST if precision is None else precision))
+    identity = jnp.broadcast_to(jnp.eye(y.shape[-2], dtype=r.dtype), r.shape)
+    total = identity
+    for step, (a, b, c) in enumerate(table):
+        p = a * identity + b * r + c * product(r, r)
+        total = p if step == 0 else product(p, total)
+        if step < len(table) - 1:
+            r = product(product(p, r), p)
+    return total
+
+
+@functools.cache
+def best_restarts(table: Table, eps: float) -> tuple[int, ...]:
+    """The fewest restarts, and their best places, that keep rounding within `LARGEST_ERROR`.
+
+    Args:
+      table: Step table.
+      eps: Machine epsilon of the long products.
+    """
+    for count in range(len(table)):
+        places = itertools.combinations(range(1, len(table)), count)
+        best = min(places, key=lambda restarts: rounding_error(table, restarts, eps))
+        if rounding_error(table, best, eps) <= LARGEST_ERROR:
+            return best
+    return tuple(range(1, len(table)))
+
+
+def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
+    """What rounding does to the smallest singular values, relative to their result.
+
+    A zero eigenvalue of the Gram matrix is off by a few units of rounding, to either side; the
+    steps of a segment are applied to it in float64. The factor itself is rounded before it
+    multiplies a matrix of norm 1.
+    """
+    off = 4 * min(eps, float(np.finfo(np.float32).eps))
+    worst = 0.0
+    for first, end in itertools.pairwise((0, *restarts, len(table))):
+        for r in (-off, off):
+            total, exact, r = np.float64(1), np.float64(1), np.float64(r)
+            with np.errstate(all="ignore"):
+                for a, b, c in table[first:end]:
+                    p = a + b * r + c * r**2
+                    total, exact, r = total * p, exact * a, r * p**2
+                error = float(np.maximum(abs(total / exact - 1), eps / 2 * exact))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def _check_restarts(restarts: Any, steps: int) -> None:
+    places: list[Any] = list(restarts) if isinstance(restarts, Sequence) else [None]
+    whole = all(isinstance(place, (int, np.integer)) for place in places)
+    if not (whole and sorted(set(places)) == places and all(0 < p < steps for p in places)):
+        raise ValueError(
+            "gram_newton_schulz: restarts must be increasing steps from 1 to "
+            f"{steps - 1}, got {restarts!r}."
+        )

@@ -1,0 +1,263 @@
+r"""Newton-Schulz tables made for the singular values that matrices of one shape are likely to have.
+
+Every row is an odd quintic that takes its largest value on [0, high] twice, at its crest and at
+high, as the rows of `minimax` do. Up to scale such quintics are a family of one number, high over
+crest, so a table has one number per step and the peak of the last; by construction no row sends a
+value out of the next one's interval. Least squares, from the best `minimax` table, fit the numbers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from orthax.base import check
+from orthax.linalg.polar_factor.shipped_tables import NUMBERS, STEPS
+from orthax.linalg.polar_factor.tables import Row, Table, minimax
+
+PEAK = 1.3  # no singular value in [0, 1] may end above it
+FLOOR = 0.7  # nor below it, if it is beyond the first row's crest
+FLOOR_WEIGHT = 3.0  # of falling short of it, against errors
+ROUNDING = 0.01  # of its largest value that a step may be off; bfloat16 was 0.7 % off at worst
+CUSHION = 0.02  # of the `minimax` tables to start from; modded-nanogpt runs it in bfloat16
+MOST = 2.6692  # high over crest with that cushion: the dip between is 8 % as high as either
+FITTED = 6  # numbers from the end; those before them matter too little to be determined
+NEGLIGIBLE = 1e-6  # mean square error below which nothing is fitted
+NARROWEST = 1 / 16  # aspect ratio; spectra of longer matrices are taken to be no narrower
+SMALLEST = 1e-5  # of the unlikely singular values
+UNLIKELY = 0.0015  # their share in the mean square error
+GIVEN = 0.25  # share of given spectra in the rest
+DECIMALS = 6  # of the numbers, so that every machine gives the same table
+
+Weighted: TypeAlias = tuple[np.ndarray, np.ndarray]  # singular values and their shares
+
+
+def for_shape(
+    m: int,
+    n: int,
+    steps: int = 5,
+    *,
+    shared: bool = False,
+    spectra: Sequence[Any] | None = None,
+) -> Table:
+    r"""Makes the table with the least error on random matrices of one shape.
+
+    The error is the mean square distance of singular values from 1 after all steps. Assumed are the
+    singular values of a Gaussian matrix over its Frobenius norm (the Marchenko-Pastur law; longer
+    matrices than 1:16 are taken to be 1:16), and with a share of 0.0015 values that are spread
+    evenly in the logarithm over [1e-5, 1]. Without these, tables of wide shapes would give up the
+    small singular values of real momentum, and lose to `MUON` on it.
+
+    No singular value in [0, 1] ends above 1.3, and none beyond the first row's crest below 0.7,
+    even (0.69) if every step is off by 1 % of its largest value: bfloat16 was seen to be 0.7 % off.
+    There is no safety factor: as they are, tables are for matrices of unit Frobenius norm. All
+    steps but the last map [0, 1] into itself.
+
+    Args:
+      m: Size of one side.
+      n: Size of the other; their order does not matter.
+      steps: Number of rows.
+      shared: Whether all rows are the same, the form of ROOT. Its values stay below 1.3 as well,
+        and its error on Gaussian matrices is 1.1 to 12 times smaller than that of `ROOT`. But one
+        triple cannot be accurate and lift small singular values too: the slope at zero is 116 to
+        412 for these shapes, where `MUON` has 485, and real momentum ends up to 2.3 times as far
+        from orthogonal. There is no floor of 0.7.
+      spectra: Singular values that the table shall serve as well, one array per matrix, of any
+        length and scale. They get a quarter of the weight of the law, in equal parts.
+
+    Returns:
+      `steps` rows (a, b, c), the same on every machine. Computed on the host in float64, in about
+      0.05 s and once per shape; looked up for common shapes.
+
+      With five steps, the error on Gaussian matrices is 2.8, 2090, 190 and 510 times smaller than
+      with the four tables of `ROOT`, in their order, and 0.95, 0.034, 0.035 and 0.035 of that with
+      `minimax(5, 2e-3, cushion=0, safety=1)`, which diverges in bfloat16. Real momentum is far from
+      Gaussian: these tables leave it 0.50 to 0.55 from orthogonal (root mean square of the stored
+      spectra), `MUON` 0.58, `POLAR_EXPRESS` 0.48 and `minimax(8, 1e-4)` 0.17. All this is checked
+      by tests/linalg/test_for_shape.py.
+
+    Raises:
+      ValueError: If a side or the number of steps is less than 1, or a spectrum is not a 1-D array
+        of finite numbers, none negative and one positive.
+      TypeError: If a side or the number of steps is no integer, or `shared` no bool.
+
+    Example:
+      >>> from orthax.linalg.coefficients import scalar_map
+      >>> table = for_shape(512, 2048)
+      >>> likely = np.linspace(0.5, 1.5, 101) / 512**0.5
+      >>> bool(np.all(abs(scalar_map(table, likely) - 1) < 0.01))
+      True
+
+    Reference:
+      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for the idea of coefficients by
+      shape (AdaNewton); the spectrum, the constraints and the fit are not from there.
+    """
+    short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
+    steps = check.integer("for_shape: steps", steps)
+    check.flag("for_shape: shared", shared)
+    shared = bool(shared)
+    if spectra is None:
+        return _without_spectra(short, long, steps, shared)
+    return _rows(fit(short, long, steps, shared, _check_spectra(spectra)), steps, shared)
+
+
+@functools.cache
+def _without_spectra(short: int, long: int, steps: int, shared: bool) -> Table:
+    shipped = NUMBERS.get((short, long)) if steps == STEPS and not shared else None
+    return _rows(shipped or fit(short, long, steps, shared), steps, shared)
+
+
+def _check_spectra(spectra: Sequence[Any]) -> list[np.ndarray]:
+    """Every spectrum divided by its Frobenius norm."""
+    relative = []
+    for index, spectrum in enumerate(spectra):
+        try:
+            values = np.real(np.asarray(spectrum)).astype(np.float64)
+        except (TypeError, ValueError):
+            values = np.empty(0)
+        finite = values.ndim == 1 and np.isfinite(values).all()
+        if np.iscomplexobj(spectrum) or not (finite and (values >= 0).all() and values.any()):
+            raise ValueError(
+                f"for_shape: spectra[{index}] must be a 1-D array of finite numbers, none negative "
+                f"and one positive; got {spectrum!r}."
+            )
+        values = values / values.max()
+        relative.append(values / np.linalg.norm(values))
+    if not relative:
+        raise ValueError(f"for_shape: spectra must hold at least one array, got {spectra!r}.")
+    return relative
+
+
+def fit(
+    short: int, long: int, steps: int, shared: bool = False, spectra: Sequence[np.ndarray] = ()
+) -> tuple[float, ...]:
+    """The numbers of the table for a shape."""
+    from scipy.optimize import least_squares
+
+    values, shares = _assumed_spectrum(short, long, spectra)
+
+    def errors(numbers: Any) -> np.ndarray:
+        y = values
+        for a, b, c in _rows(numbers, steps, shared):
+            y = y * (a + y**2 * (b + y**2 * c))
+        missing = np.zeros(1) if shared else FLOOR - _dips(numbers)
+        return np.append(np.sqrt(shares) * (y - 1), FLOOR_WEIGHT * missing * (missing.real > 0))
+
+    def mean_square(numbers: Any) -> float:
+        return float(np.sum(errors(numbers) ** 2))
+
+    starts, least, most = _shared_starts() if shared else _starts(steps)
+    starts = list(np.clip(starts, least, most))
+    accurate = [start for start in starts if mean_square(start) < NEGLIGIBLE]
+    if accurate:  # the first lifts the smallest singular values
+        return _rounded(accurate[0])
+    start = min(starts, key=mean_square)
+    kept, fitted = start[:-FITTED], start[-FITTED:]
+    solution = least_squares(
+        lambda fitted: errors(np.concatenate([kept, fitted])),
+        fitted,
+        jac="cs",
+        bounds=(least[-FITTED:], most[-FITTED:]),
+        method="dogbox",
+        x_scale="jac",
+        xtol=1e-11,
+        ftol=1e-13,
+        gtol=1e-13,
+        max_nfev=200,
+    )
+    return _rounded(np.concatenate([kept, solution.x]))
+
+
+def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
+    return tuple(round(float(number), DECIMALS) for number in numbers)
+
+
+def _assumed_spectrum(short: int, long: int, spectra: Sequence[np.ndarray]) -> Weighted:
+    """Singular values relative to the norm: of random matrices, given ones, and unlikely ones."""
+    given = GIVEN if spectra else 0.0
+    gaussian, shares = _marchenko_pastur(short, long)
+    parts = [(gaussian, (1 - given) * shares)]
+    parts += [(one, np.full(one.size, given / len(spectra) / one.size)) for one in spectra]
+    values, shares = (np.concatenate(column) for column in zip(*parts, strict=True))
+    unlikely = np.geomspace(SMALLEST, 1, 101)
+    unlikely_shares = np.full(unlikely.size, UNLIKELY / unlikely.size)
+    return np.append(values, unlikely), np.append((1 - UNLIKELY) * shares, unlikely_shares)
+
+
+def _marchenko_pastur(short: int, long: int, points: int = 500) -> Weighted:
+    """Nodes and weights of the Marchenko-Pastur law, for Gaussian matrices over their norm.
+
+    With y the aspect ratio, squares are ((1 - sqrt(y))^2 + 4 sqrt(y) sin(t/2)^2) / short where t in
+    [0, pi] has density 2 sin(t)^2 / (pi short square). Midpoint rule in sqrt(t), which is fine
+    where the smallest singular values are. The singular value of a vector is 1.
+    """
+    root = np.sqrt(max(short / long, NARROWEST) if short > 1 else NARROWEST)
+    u = (np.arange(points) + 0.5) / points
+    t = np.pi * u**2
+    square = (1 - root) ** 2 + 4 * root * np.sin(t / 2) ** 2
+    return np.sqrt(np.minimum(square / short, 1)), 4 * u * np.sin(t) ** 2 / square / points
+
+
+def _rows(numbers: Any, steps: int, shared: bool) -> Table:
+    """The table: in every row the largest value is 1 / (1 + ROUNDING), in the last the peak."""
+    if shared:  # one row that maps [0, high] into itself and may end before its second maximum
+        end, stretch, high = numbers
+        return (_row(end, stretch / high, high / (1 + ROUNDING)),) * steps
+    *ends, peak = numbers
+    tops = [1 / (1 + ROUNDING)] * (steps - 1) + [peak]
+    return tuple(_row(end, 1.0, top) for end, top in zip(ends, tops, strict=True))
+
+
+def _row(end: Any, stretch: Any, top: Any) -> Row:
+    """`_quintic` of `stretch` s, times `top`."""
+    a, b, c = _quintic(end)
+    return top * a * stretch, top * b * stretch**3, top * c * stretch**5
+
+
+def _quintic(end: Any) -> Row:
+    """Odd quintic that takes its largest value on [0, 1], which is 1, at 1 / end and at 1.
+
+    Its derivative is a multiple of (1 - x^2) (q - x^2) with x = end s and q = `_dip_square`.
+    """
+    q = _dip_square(end)
+    scale = 10 * q - 2
+    return 15 * q * end / scale, -5 * (1 + q) * end**3 / scale, 3 * end**5 / scale
+
+
+def _dip_square(end: Any) -> Any:
+    """Square of where `_quintic` dips, over the square of where it crests."""
+    return (3 * end**3 + 6 * end**2 + 4 * end + 2) / (5 * (end + 2))
+
+
+def _dips(numbers: Any) -> np.ndarray:
+    """Where what falls into the dip of each row ends, if every step is off by ROUNDING."""
+    *ends, peak = numbers
+    lows = np.empty(0)
+    for end in ends:
+        a, b, c = _quintic(end)
+        lows = np.append(lows, np.sqrt(_dip_square(end)) / end)
+        lows = (lows * (a + lows**2 * (b + lows**2 * c)) - ROUNDING) / (1 + ROUNDING)
+    return lows * (1 + ROUNDING) * peak
+
+
+def _starts(steps: int) -> tuple[list[list[float]], list[float], list[float]]:
+    """The numbers of `minimax` tables, and the least and the most that each may be."""
+    starts = []
+    for lower in np.geomspace(1e-7, 0.3, 22):
+        ends, high, top = [], 1 + ROUNDING, 1.0
+        for a, b, c in minimax(steps, float(lower), cushion=CUSHION, safety=1 + ROUNDING):
+            root = np.sqrt(max(9 * b**2 - 20 * a * c, 0))
+            crest = min(np.sqrt((-3 * b - root) / (10 * c)), high)
+            top = crest * (a + crest**2 * (b + crest**2 * c))
+            ends.append(high / crest)
+            high = top * (1 + ROUNDING)
+        starts.append([*ends, top])
+    return starts, [1.0] * steps + [0.5], [MOST] * steps + [PEAK / (1 + ROUNDING)]
+
+
+def _shared_starts() -> tuple[list[tuple[float, float, float]], list[float], list[float]]:
+    """The same for one row: high over crest, the part of the interval that is used, and high."""
+    ends, parts, highs = (1.5, 1.8, 2.1, 2.4), (0.8, 1.0), (1.1, 1.25)
+    starts = [(end, part, high) for end in ends for part in parts for high in highs]
+    return starts, [1.0, 0.5, 1.0], [MOST, 1.0, PEAK]

@@ -1,0 +1,60 @@
+"""Matrices in 8 or 4 bits an entry: each row has its own scale."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from orthax.linalg.elementary import wide
+
+
+class Quantized(NamedTuple):
+    """Matrices, shape (..., m, n), as integers: an entry is `code * scale + zero`.
+
+    Attributes:
+      codes: uint8; shape (..., m, n) for 8 bits. For 4 bits (..., m, ceil(n / 2)): entry j of a row
+        in the low half of byte j, entry j + ceil(n / 2) in the high half.
+      scale: Spacing of each row's levels, shape (..., m, 1), float32 (float64 for float64).
+      zero: Smallest entry of each row, as `scale`.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+
+
+def quantize(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized:
+    """Rounds every entry to one of 2**bits levels between the row's smallest and largest.
+
+    Args:
+      x: Matrices, shape (..., m, n), real floating. Rows of equal entries are kept exactly.
+      bits: 8 or 4.
+      key: For stochastic rounding, whose expectation is the entry; None rounds to the nearest.
+
+    Returns:
+      What `dequantize` reads; a row with a NaN or an infinity comes back as NaN.
+    """
+    x = wide(x)
+    levels = 2**bits - 1
+    low, high = (
+        reduce(x, axis=-1, keepdims=True) if x.size else jnp.zeros((*x.shape[:-1], 1), x.dtype)
+        for reduce in (jnp.min, jnp.max)
+    )
+    scale = high / levels - low / levels  # the difference itself may overflow
+    offset = 0.5 if key is None else jax.random.uniform(key, x.shape, x.dtype)
+    place = (0.5 * x - 0.5 * low) / jnp.where(scale > 0, 0.5 * scale, 1)
+    codes = jnp.clip(jnp.floor(place + offset), 0, levels).astype(jnp.uint8)
+    if bits == 4:
+        half = (x.shape[-1] + 1) // 2
+        second = jnp.pad(codes[..., half:], [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
+        codes = codes[..., :half] | (second << 4)
+    return Quantized(codes, scale, low)
+
+
+def dequantize(x: Quantized, bits: int, columns: int) -> jax.Array:
+    """The matrices, shape (..., m, columns), in the dtype of `scale`."""
+    codes = x.codes
+    if bits == 4:
+        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)[..., :columns]
+    half = 0.5 * x.scale * codes.astype(x.scale.dtype)
+    return x.zero + half + half  # the range of a row may overflow

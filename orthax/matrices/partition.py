@@ -1,0 +1,306 @@
+"""Which leaf is a matrix: decided once, over the whole tree, and handed to what needs it.
+
+Muon's family works on matrices `(*batch, rows, cols)`; models hold kernels of any rank, biases and
+embeddings. `resolve` decides for each leaf of a tree whether and how it is a matrix. Two wrappers
+hand on what it decided:
+
+  * `as_matrices(inner)` shows `inner` every leaf as matrices and turns its updates back.
+  * `partition_matrices(build, rest)` sends the leaves that are matrices to one chain, all others to
+    another. `build(leaves)` makes the chain; `leaves(inner)` in it shows `inner` the matrices.
+
+Muon is `partition_matrices(lambda leaves: chain(trace, leaves(orthogonalize()), ...), adamw)`.
+Views are static, so nothing is added to a compiled program but the reshapes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from orthax.base import check
+from orthax.base.leaves import Path, keep_dtypes, paths_of
+from orthax.matrices.default_rule import Undecided, default_verdicts
+from orthax.matrices.path_rules import chosen_values
+from orthax.matrices.view import (
+    MatrixView,
+    PackedView,
+    close_view,
+    make_view,
+    open_view,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of a tree and what was decided about it.
+
+    Attributes:
+      path: Components joined by `/`.
+      value: The leaf.
+      view: How it is read as matrices; None for the fallback.
+      reason: The rule that decided.
+    """
+
+    path: str
+    value: Any
+    view: MatrixView | PackedView | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DecidedLeaves:
+    """What a partition decided, for the function that builds one of its chains.
+
+    Called with a transformation, it returns one that shows it the matrices: rows are the fan-in and
+    columns the neurons, as in `x @ W`, and a `Packed` leaf is a tuple of matrices.
+
+    Attributes:
+      tree: The whole tree, as the user has it.
+      decided: For each of its leaves, what was decided.
+    """
+
+    tree: Any
+    decided: Any
+
+    def __call__(
+        self, inner: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation, seeing matrices; its updates come back in the leaves' own shape."""
+        return _shown_matrices(inner, self.decided)
+
+    def masked(
+        self, inner: optax.GradientTransformation, mask: Any
+    ) -> optax.GradientTransformation:
+        """`optax.masked`, but a callable mask sees the whole tree, not only one chain's leaves."""
+        if mask is None:
+            return inner
+        return optax.masked(inner, (lambda _: mask(self.tree)) if callable(mask) else mask)
+
+
+Build: TypeAlias = Callable[[DecidedLeaves], optax.GradientTransformation]
+
+
+def as_matrices(
+    inner: optax.GradientTransformation, dimension_numbers: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Shows an inner transformation every leaf as `(*batch, rows, cols)`.
+
+    Rows are the fan-in and columns the neurons, as in `x @ W`. Updates and params are opened, at
+    `init` and at `update`, and the updates that come back are closed, to their shape, with their
+    sharding. A `Packed` leaf is a tuple of matrices inside.
+
+    Args:
+      inner: Transformation of trees whose leaves' last two axes are the matrix.
+      dimension_numbers: Which axes those are: None (the default rule, see `explain`), one
+        `optax.contrib.MuonDimensionNumbers` or `Packed` for all leaves, a tree of them or a prefix
+        of it, a callable `params -> tree`, or `PathRules`.
+
+    Returns:
+      A transformation with the state of `inner`.
+      State: inner's, in the shapes of the opened leaves.
+      Sees: leaves of any shape; params and extra arguments are passed on.
+
+    Raises:
+      ValueError: At `init` or `update`, for a leaf that its dimension numbers do not call a matrix,
+        or whose names leave its axes undecided; it names the leaf.
+      TypeError: For an integer leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, orthax
+      >>> count = optax.stateless(lambda u, _: jax.tree.map(lambda x: 0 * x + x.shape[-1], u))
+      >>> tx = as_matrices(count, optax.contrib.MuonDimensionNumbers(0, (1, 2)))
+      >>> updates, _ = tx.update(jnp.ones((8, 2, 3)), tx.init(jnp.ones((8, 2, 3))))
+      >>> updates.shape, updates[0, 0, 0].item()
+      ((8, 2, 3), 6.0)
+    """
+    check.transformation("as_matrices: inner", inner)
+
+    def all_decided(tree: Any) -> Any:
+        decided = resolve("as_matrices", tree, dimension_numbers)
+        for leaf in decided:
+            if leaf.view is None:
+                raise ValueError(
+                    f"as_matrices: '{leaf.path}' with shape {np.shape(leaf.value)} is not a "
+                    f"matrix ({leaf.reason}); send it elsewhere with orthax.partition_matrices or "
+                    "give its dimension numbers."
+                )
+        return jax.tree.structure(tree).unflatten(decided)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return _shown_matrices(inner, all_decided(params)).init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        shown = _shown_matrices(inner, all_decided(updates))
+        return shown.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def partition_matrices(
+    matrices: optax.GradientTransformation | Build,
+    rest: optax.GradientTransformation | Build,
+    dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sends leaves that are matrices to one transformation and all others to another.
+
+    Args:
+      matrices: Transformation for the leaves whose dimension numbers are not None. It sees them in
+        their own shape. Usually a function that builds it: called with `leaves`, it returns a chain
+        in which `leaves(inner)` shows `inner` the matrices, as this call decided them, and
+        `leaves.masked(inner, mask)` is `optax.masked` whose callable mask sees the whole tree.
+      rest: Transformation for the other leaves, or a function that builds it.
+      dimension_numbers: As in `as_matrices`; None there means `rest`. A callable sees the whole
+        tree.
+
+    Returns:
+      A transformation with an `optax.PartitionState`. Where a function builds a chain, float16 is
+      accumulated in float32, and updates and state keep their dtypes.
+      State: of both parts, each with `optax.MaskedNode` in the place of the other's leaves.
+      Sees: any leaf; params and extra arguments are passed on.
+
+    Raises:
+      ValueError: At `init` or `update`, for a leaf whose names leave its axes undecided.
+      TypeError: If a part is neither a transformation nor a function.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, orthax
+      >>> params = {"dense": {"kernel": 3 * jnp.eye(2), "bias": jnp.ones(2)}}
+      >>> tx = partition_matrices(
+      ...     lambda leaves: optax.chain(optax.trace(0.9), leaves(orthax.orthogonalize())),
+      ...     optax.scale(2.0),
+      ... )
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> print(updates["dense"]["kernel"].round(1), updates["dense"]["bias"])
+      [[1. 0.]
+       [0. 1.]] [2. 2.]
+    """
+    return partition("partition_matrices", matrices, rest, dimension_numbers)
+
+
+def partition(
+    call: str,
+    matrices: optax.GradientTransformation | Build,
+    rest: optax.GradientTransformation | Build,
+    dimension_numbers: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`partition_matrices` for an optimizer, whose name stands in error messages."""
+    given: dict[str, Any] = {"matrices": matrices, "rest": rest}
+    built = [name for name, part in given.items() if not check.is_transformation(part)]
+    for name in built:
+        accepted = "an optax transformation or a function to one"
+        check.function(f"{call}: {name}", given[name], accepted)
+
+    def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
+        # Built for the tree at hand: what is decided is handed to the chains as a value.
+        structure, decided = jax.tree.structure(tree), resolve(call, tree, dimension_numbers)
+        labels = ["rest" if leaf.view is None else "matrices" for leaf in decided]
+        leaves = DecidedLeaves(tree, structure.unflatten(decided))
+        chains = {name: part(leaves) if name in built else part for name, part in given.items()}
+        both = optax.partition(chains, structure.unflatten(labels))
+        return keep_dtypes(both) if built else both
+
+    def init(params: optax.Params) -> optax.OptState:
+        return parts(params).init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return parts(updates).update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shown_matrices(
+    inner: optax.GradientTransformation, decided: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Shows `inner` the leaves of a tree as matrices; leaves that are masked away stay so."""
+    inner = optax.with_extra_args_support(inner)
+
+    # A part sees `optax.MaskedNode` in the place of the other's leaves. A gradient may be None
+    # where there is a parameter.
+    def masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    def moves(x: Any, leaf: Leaf) -> bool:
+        return leaf.view is not None and not leaf.view.is_identity and not masked(x)
+
+    def opened(tree: Any) -> Any:
+        def open_leaf(x: Any, leaf: Leaf | None) -> Any:
+            return open_view(leaf.view, x) if leaf and moves(x, leaf) else x
+
+        return jax.tree.map(open_leaf, tree, decided, is_leaf=masked)
+
+    def closed(results: Any, like: Any) -> Any:
+        def close_leaf(x: Any, result: Any, leaf: Leaf) -> Any:
+            return close_view(leaf.view, result, x) if moves(x, leaf) else result
+
+        return jax.tree.map(close_leaf, like, results, decided, is_leaf=masked)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(opened(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        opened_params = None if params is None else opened(params)
+        results, state = inner.update(opened(updates), state, opened_params, **extra)
+        return closed(results, like=updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def resolve(
+    call: str, tree: Any, dimension_numbers: Any = None, *, report: bool = False
+) -> list[Leaf]:
+    """Decides for each leaf of a tree whether and how it is a matrix.
+
+    A rule sees the leaf's path, its shape and the shapes of all other leaves, never values: the
+    bias of a kernel, itself no matrix, may tell which axes are outputs.
+
+    Args:
+      call: Name of the public call, for error messages.
+      tree: Arrays or `ShapeDtypeStruct`s.
+      dimension_numbers: None (the default rule), one value, a tree or prefix of one, a callable
+        from the tree to such a tree, or `PathRules`.
+      report: Whether an undecided leaf is listed (view None, the message as reason) or raises.
+
+    Returns:
+      One `Leaf` per leaf, in the order of `jax.tree.leaves`; `view` is None for the fallback.
+
+    Raises:
+      ValueError: For an undecided leaf, axes that do not fit, a wrong tree; it names the leaf.
+      TypeError: For a matrix leaf that is not floating.
+    """
+    (paths, names), values = paths_of(tree), jax.tree.leaves(tree)
+    chosen = [(..., "")] * len(names)  # `...`: no rule of the user's, so names and shapes decide
+    if dimension_numbers is not None and names:
+        chosen = chosen_values(call, tree, names, dimension_numbers)
+    shapes = {path: np.shape(value) for path, value in zip(paths, values, strict=True)}
+    unruled = [path for path, (dims, _) in zip(paths, chosen, strict=True) if dims is ...]
+    verdicts = default_verdicts(unruled, shapes)
+
+    def decide(path: Path, name: str, value: Any, dims: Any, reason: str) -> Leaf:
+        verdict = verdicts[path] if dims is ... else (dims, reason)
+        if isinstance(verdict, Undecided):
+            if not report:
+                raise Undecided(f"{call}: {verdict}")
+            return Leaf(name, value, None, "undecided: names and shapes leave several readings")
+        dims, reason = verdict
+        view = None if dims is None else make_view(call, name, value, dims)
+        return Leaf(name, value, view, reason)
+
+    return [decide(*row, *of) for *row, of in zip(paths, names, values, chosen, strict=True)]

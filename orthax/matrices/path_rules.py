@@ -1,0 +1,94 @@
+"""Dimension numbers as a user gives them: `PathRules`, one value, a tree, or a callable to one."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import optax
+
+from orthax.base.leaves import is_masked
+from orthax.matrices.view import DimensionNumbers, Packed
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRules:
+    r"""Values chosen by a leaf's path: dimension numbers, `None`, penalties, ...
+
+    A path is the leaf's keys joined by `/`, such as `blocks/0/mlp/up/kernel`; the attribute
+    `.value` that boxes and NNX variables add is left out. It is a frozen dataclass and not
+    callable, so that `optax.inject_hyperparams` does not take it for a schedule.
+
+    Attributes:
+      rules: Pairs of a regular expression and a value. The first whose expression is found in the
+        path (`re.search`; anchor with `^` and `$`) gives the value.
+      default: Value for a path that no rule matches; `...` leaves it to the default rule.
+
+    Example:
+      >>> from optax.contrib import MuonDimensionNumbers
+      >>> rules = PathRules(
+      ...     rules=(
+      ...         (r"experts/(up|down)$", MuonDimensionNumbers(-2, -1)),  # (experts, in, out)
+      ...         (r"router", None),  # to the fallback
+      ...     )
+      ... )
+      >>> rules.lookup("block/experts/up")[0]
+      MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    """
+
+    rules: tuple[tuple[str | re.Pattern[str], Any], ...]
+    default: Any = ...
+    _compiled: tuple[re.Pattern[str], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        accepted = "pairs (regular expression, value)"
+        message = f"PathRules: rules must be {accepted}, got {self.rules!r}."
+        try:
+            rules = tuple((pattern, value) for pattern, value in self.rules)
+            compiled = tuple(re.compile(pattern) for pattern, _ in rules)
+        except TypeError as error:
+            raise TypeError(message) from error
+        except (ValueError, re.error) as error:
+            raise ValueError(message) from error
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "_compiled", compiled)
+
+    def lookup(self, path: str) -> tuple[Any, str]:
+        """Returns the value for a path and the rule that gave it (`...`: no rule matches)."""
+        for compiled, (_, value) in zip(self._compiled, self.rules, strict=True):
+            if compiled.search(path):
+                return value, f"rule {compiled.pattern!r}"
+        return self.default, "default of the rules"
+
+
+def chosen_values(
+    call: str, tree: Any, names: list[str], dimension_numbers: Any
+) -> list[tuple[Any, str]]:
+    """Returns for each leaf its dimension numbers and the reason; `...` for the default rule."""
+    if isinstance(dimension_numbers, PathRules):
+        return [dimension_numbers.lookup(name) for name in names]
+    if callable(dimension_numbers):
+        dimension_numbers, origin = dimension_numbers(tree), "the callable"
+    else:
+        origin = "the given value"
+    chosen = []
+
+    def spread(dims: Any, subtree: Any) -> None:
+        # One value of a prefix stands for all leaves below it.
+        dims = None if is_masked(dims) else dims
+        chosen.extend([(dims, origin)] * len(jax.tree.leaves(subtree)))
+
+    try:
+        jax.tree.map(spread, dimension_numbers, tree, is_leaf=_is_value)
+    except ValueError as error:
+        raise ValueError(
+            f"{call}: dimension_numbers must have the tree structure of the params or be a prefix "
+            f"of it. {error}"
+        ) from error
+    return chosen
+
+
+def _is_value(x: Any) -> bool:
+    return x is None or isinstance(x, DimensionNumbers | Packed | optax.MaskedNode)

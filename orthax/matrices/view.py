@@ -1,0 +1,238 @@
+"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
+
+Only shapes live here. Which leaf gets which dimension numbers, and what sees the matrices, is in
+`partition.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from orthax.base.leaves import explicit_sharding, laid_out, spec_of
+
+DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Dimension numbers of a leaf that holds several matrices side by side (fused QKV, gate + up).
+
+    Each section is a matrix of its own: it is orthogonalised, normalised and scaled alone, exactly
+    as if the sections were separate leaves.
+
+    Attributes:
+      dims: Dimension numbers of the whole leaf; every section is read with them.
+      axis: The axis of the leaf along which the sections lie.
+      sections: The number of equal sections, or the size of each (unequal heads, as in GQA).
+
+    Example:
+      >>> import jax, orthax
+      >>> from optax.contrib import MuonDimensionNumbers
+      >>> fused = orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=(64, 16, 16))
+      >>> params = {"qkv": {"kernel": jax.ShapeDtypeStruct((64, 96), "float32")}}
+      >>> rules = orthax.PathRules(((r"qkv/kernel", fused),))
+      >>> print(orthax.explain(params, rules).rows[0].view)
+      (64, 64) + (64, 16) + (64, 16)
+    """
+
+    dims: DimensionNumbers
+    axis: int
+    sections: int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A static reading of one array as `(*batch, rows, cols)`.
+
+    Rows are the fan-in (the axes that `x @ W` sums over), columns the neurons. Several reduction or
+    output axes are merged; batch axes stay apart, in their order. The view of an `(m, n)` or
+    `(L, m, n)` array with the matrix in its last axes changes nothing.
+
+    Attributes:
+      shape: Shape of the array.
+      batch_axes: Axes that count matrices.
+      reduction_axes: Axes merged into the rows.
+      output_axes: Axes merged into the columns.
+      is_identity: Whether the matrix is in the array's last axes already.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    is_identity: bool = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        in_order = self._permutation == tuple(range(len(self.shape)))
+        in_place = in_order and self.matrix_shape == self.shape
+        object.__setattr__(self, "is_identity", in_place)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return tuple(self.shape[a] for a in self.batch_axes)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of rows."""
+        return math.prod(self.shape[a] for a in self.reduction_axes)
+
+    @property
+    def fan_out(self) -> int:
+        """Number of columns."""
+        return math.prod(self.shape[a] for a in self.output_axes)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the opened view, `(*batch, fan_in, fan_out)`."""
+        return (*self.batch, self.fan_in, self.fan_out)
+
+    @property
+    def _permutation(self) -> tuple[int, ...]:
+        return self.batch_axes + self.reduction_axes + self.output_axes
+
+    def move(self, x: jax.Array) -> jax.Array:
+        """The array, opened."""
+        return jnp.reshape(jnp.transpose(x, self._permutation), self.matrix_shape)
+
+    def move_back(self, y: jax.Array) -> jax.Array:
+        """The array whose opened view is `y`."""
+        permuted = [self.shape[a] for a in self._permutation]
+        return jnp.transpose(jnp.reshape(y, permuted), np.argsort(self._permutation).tolist())
+
+    def moved_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
+        """Spec of the opened view: a merged axis keeps the mesh axes of its first, major part."""
+        merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
+        return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
+
+    def __str__(self) -> str:
+        return str(self.matrix_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedView:
+    """The views of the sections of one leaf; opens to a tuple of matrices.
+
+    Attributes:
+      shape: Shape of the leaf.
+      axis: Axis along which the sections lie.
+      sections: One view per section.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    sections: tuple[MatrixView, ...]
+
+    is_identity = False
+
+    def move(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """The sections, each opened."""
+        ends = np.cumsum([view.shape[self.axis] for view in self.sections])
+        parts = jnp.split(x, ends[:-1].tolist(), axis=self.axis)
+        return tuple(view.move(part) for view, part in zip(self.sections, parts, strict=True))
+
+    def move_back(self, ys: tuple[jax.Array, ...]) -> jax.Array:
+        """The leaf whose opened sections are `ys`."""
+        parts = [view.move_back(y) for view, y in zip(self.sections, ys, strict=True)]
+        return jnp.concatenate(parts, axis=self.axis)
+
+    def moved_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
+        """Specs of the opened sections."""
+        whole = list(entries)
+        whole[self.axis] = None  # a section's size need not divide by the mesh axis
+        return tuple(view.moved_spec(tuple(whole)) for view in self.sections)
+
+    def __str__(self) -> str:
+        return " + ".join(str(view) for view in self.sections)
+
+
+def open_view(view: MatrixView | PackedView, x: Any) -> Any:
+    """Returns `x` (array or `ShapeDtypeStruct`) as `(*batch, rows, cols)`, or a tuple of such."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(view.move, x)
+    sharding = explicit_sharding(x)
+    out = None
+    if sharding is not None:
+        specs = view.moved_spec(spec_of(sharding, x.ndim))
+        is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
+        out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
+    return laid_out(view.move, out)(x)
+
+
+def close_view(view: MatrixView | PackedView, y: Any, like: Any) -> Any:
+    """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
+    return laid_out(view.move_back, explicit_sharding(like))(y)
+
+
+def make_view(call: str, path: str, leaf: Any, dims: Any) -> MatrixView | PackedView:
+    """Builds the view of a leaf, or raises a `ValueError`/`TypeError` that names call and leaf."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}: '{path}' has dtype {dtype}; a matrix must be real or complex floating."
+        )
+    if isinstance(dims, Packed):
+        return _packed_view(call, path, np.shape(leaf), dims)
+    return _matrix_view(call, path, np.shape(leaf), dims)
+
+
+def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: Any) -> MatrixView:
+    if not isinstance(dims, DimensionNumbers):
+        raise TypeError(
+            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are "
+            "MuonDimensionNumbers, orthax.Packed of such, and None."
+        )
+    where = f"{call}: '{path}' has shape {shape} but dimension numbers {_short(dims)}"
+    reduction = _axes(where, shape, dims.reduction_axis)
+    output = _axes(where, shape, dims.output_axis)
+    chosen = reduction + output
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{where} name an axis twice; reduction and output axes must be disjoint.")
+    batch = tuple(a for a in range(len(shape)) if a not in chosen)
+    return MatrixView(shape, batch, reduction, output)
+
+
+def _packed_view(call: str, path: str, shape: tuple[int, ...], packed: Packed) -> PackedView:
+    where = f"{call}: '{path}' has shape {shape} but {packed}"
+    (axis,) = _axes(where, shape, (packed.axis,))
+    size, sections = shape[axis], packed.sections
+    if _is_int(sections):
+        if sections < 1 or size % sections:
+            raise ValueError(f"{where} asks for {sections} equal sections of {size} entries.")
+        sections = (size // sections,) * int(sections)
+    if not (isinstance(sections, tuple | list) and all(map(_is_int, sections))):
+        raise TypeError(f"{where}: sections are an int, or a tuple of ints, the size of each.")
+    if sum(sections) != size or min(sections, default=0) < 1:
+        raise ValueError(f"{where} has sections of {sum(sections)} entries in all, not {size}.")
+    views = tuple(
+        _matrix_view(call, path, (*shape[:axis], part, *shape[axis + 1 :]), packed.dims)
+        for part in sections
+    )
+    return PackedView(shape, axis, views)
+
+
+def _axes(where: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    if not axes:
+        raise ValueError(f"{where} name no axis; at least one is needed.")
+    for axis in axes:
+        if not _is_int(axis):
+            raise TypeError(f"{where} name axis {axis!r}; an axis is an int.")
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{where} name axis {axis}.")
+    return tuple(int(axis) % len(shape) for axis in axes)
+
+
+def _is_int(x: Any) -> TypeGuard[int]:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _short(dims: Any) -> str:
+    return f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"

@@ -1,0 +1,181 @@
+"""`HouseholderLinear`: a layer whose kernel is orthogonal by construction."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from orthax.base import check
+from orthax.linalg import (
+    householder_factors,
+    householder_product,
+    householder_projector,
+    householder_vectors,
+    polar_svd,
+)
+
+_CALL = "orthax.nn.HouseholderLinear"
+
+
+class HouseholderLinear(nnx.Module):
+    r"""Linear layer whose kernel has k singular values 1 and no others, whatever its parameters.
+
+    The kernel is built from Householder reflections (`orthax.linalg.householder_product`), whose
+    directions are the parameters; any optimizer may move them. Without `rank` it has orthonormal
+    columns, or rows where there are more outputs than inputs. With `rank` it is the low-rank
+    orthogonal projector: k directions of the input are carried isometrically onto k of the output,
+    and the rest to zero.
+
+    A square kernel of full rank has the determinant :math:`(-1)^k` and keeps it, as the orthogonal
+    matrices fall into two parts that no path connects; the layer of a trained kernel has that
+    kernel's.
+
+    Directions have no length that matters: their gradients are orthogonal to them, so they grow
+    under gradient descent and the effective learning rate falls, as with weight normalisation.
+    `orthax.muon` and the other matrix optimizers leave them to the fallback.
+
+    Attributes:
+      input_reflectors: Directions on the side of the inputs, shape (in_features, k); None for a
+        kernel of full rank with more outputs than inputs.
+      output_reflectors: The same on the side of the outputs, shape (out_features, k); None for a
+        kernel of full rank otherwise.
+      bias: Shape (out_features,), or None.
+
+    Args:
+      in_features: Number of inputs.
+      out_features: Number of outputs.
+      rank: k, from 1 to min(in_features, out_features). None: all of it.
+      use_bias: Whether to add a bias.
+      dtype: Of the computation; None: as `flax.nnx.Linear`, that of inputs and parameters. The
+        kernel is built in at least float32.
+      param_dtype: Of the parameters.
+      precision: Of the product with the inputs.
+      reflector_init: Initializer of the directions. Normal numbers of any scale give the same
+        distribution of kernels; the scale sets how fast they turn.
+      bias_init: Initializer of the bias.
+      rngs: Source of the parameters' key.
+
+    Raises:
+      ValueError: If `rank` is out of range or a size less than 1.
+      TypeError: If a size or `rank` is no integer.
+
+    Example:
+      >>> layer = HouseholderLinear(5, 3, rngs=nnx.Rngs(0))
+      >>> kernel = layer.kernel
+      >>> bool(jnp.allclose(kernel.T @ kernel, jnp.eye(3), atol=1e-5))
+      True
+      >>> layer(jnp.ones((2, 5))).shape
+      (2, 3)
+
+    Reference:
+      Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+      <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        reflector_init: jax.nn.initializers.Initializer = jax.nn.initializers.normal(0.05),
+        bias_init: jax.nn.initializers.Initializer = jax.nn.initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        check.integer(f"{_CALL}: in_features", in_features)
+        check.integer(f"{_CALL}: out_features", out_features)
+        least = min(in_features, out_features)
+        if rank is not None:
+            check.integer(f"{_CALL}: rank", rank, f"[1, {least}]")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.dtype, self.precision = dtype, precision
+
+        def reflectors(features: int) -> nnx.Param:
+            k = least if rank is None else rank
+            return nnx.Param(reflector_init(rngs.params(), (features, k), param_dtype))
+
+        on_inputs = rank is not None or in_features >= out_features
+        on_outputs = rank is not None or in_features < out_features
+        self.input_reflectors = nnx.data(reflectors(in_features) if on_inputs else None)
+        self.output_reflectors = nnx.data(reflectors(out_features) if on_outputs else None)
+        bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The kernel, shape (in_features, out_features), in the dtype of the parameters."""
+        ins, outs = self.input_reflectors, self.output_reflectors
+        if ins is not None and outs is not None:
+            return householder_projector(ins[...], outs[...])
+        if ins is not None:
+            return householder_product(ins[...], self.out_features)
+        assert outs is not None
+        return householder_product(outs[...], self.in_features).T
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to the last axis of the inputs."""
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = promote_dtype((inputs, self.kernel, bias), dtype=self.dtype)
+        outputs = jnp.matmul(inputs, kernel, precision=self.precision)
+        if bias is None:
+            return outputs
+        return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
+
+    @classmethod
+    def from_kernel(
+        cls, kernel: jax.Array, bias: jax.Array | None = None, rank: int | None = None
+    ) -> "HouseholderLinear":
+        """The layer whose kernel is nearest to a trained one.
+
+        Args:
+          kernel: Shape (in_features, out_features), real floating.
+          bias: Shape (out_features,), or None.
+          rank: Of the layer. The leading singular vectors stay; singular values become 1.
+
+        Returns:
+          A layer with parameters in the dtypes of `kernel` and `bias`. Its outputs differ from
+          those of the trained layer by as much as its singular values did from 1.
+
+        Raises:
+          ValueError: If `kernel` has not two axes, `bias` does not fit or `rank` is out of range.
+          TypeError: If `kernel` is not real floating, or `rank` no integer.
+
+        Example:
+          >>> layer = HouseholderLinear.from_kernel(jnp.array([[0.0, 2.0], [0.5, 0.0]]))
+          >>> print(layer.kernel.round(5) + 0.0)
+          [[0. 1.]
+           [1. 0.]]
+        """
+        if jnp.ndim(kernel) != 2:
+            raise ValueError(
+                f"{_CALL}.from_kernel: kernel must have two axes, got shape {jnp.shape(kernel)}."
+            )
+        if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[1:]:
+            raise ValueError(
+                f"{_CALL}.from_kernel: bias must have shape {jnp.shape(kernel)[1:]}, got "
+                f"{jnp.shape(bias)}."
+            )
+        layer = cls(
+            *kernel.shape,
+            rank=rank,
+            use_bias=bias is not None,
+            param_dtype=kernel.dtype,
+            rngs=nnx.Rngs(0),
+        )
+        if rank is not None:
+            ins, outs = householder_factors(kernel, rank)
+        else:
+            nearest = polar_svd(kernel, rtol=0)
+            tall = kernel.shape[0] >= kernel.shape[1]
+            ins, outs = householder_vectors(nearest if tall else nearest.T), None
+            ins, outs = (ins, outs) if tall else (outs, ins)
+        layer.input_reflectors = nnx.data(None if ins is None else nnx.Param(ins))
+        layer.output_reflectors = nnx.data(None if outs is None else nnx.Param(outs))
+        layer.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias)))
+        return layer

@@ -1,0 +1,58 @@
+"""The steps that the optimizers share: momentum, weight decay, learning rate."""
+
+from typing import Any
+
+import jax
+import optax
+
+from orthax.base import check
+from orthax.base.leaves import needs_params
+from orthax.matrices.partition import Build
+
+
+def momentum_step(
+    call: str,
+    momentum: jax.typing.ArrayLike | optax.GradientTransformation,
+    nesterov: bool,
+    mu_dtype: Any,
+) -> optax.GradientTransformation:
+    """`optax.trace` for a number; a transformation is taken as it is."""
+    check.flag(f"{call}: nesterov", nesterov)
+    check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
+    if check.is_transformation(momentum):
+        return momentum
+    check.number(f"{call}: momentum", momentum, "[0, 1)", alternative=" or a transformation")
+    return optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
+
+
+def decay_step(
+    call: str, weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` for a number or schedule; a transformation is taken as it is.
+
+    For the Python number 0 it is `optax.identity()`, which needs no params. (Zero as an array may
+    be an injected hyperparameter, which changes.)
+    """
+    if check.is_transformation(weight_decay):
+        return weight_decay
+    check.number_or_schedule(f"{call}: weight_decay", weight_decay, "[0, inf)")
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()
+    decay = optax.add_decayed_weights(weight_decay)
+    return needs_params(f"{call}: with weight_decay={weight_decay!r}", decay)
+
+
+def rate_step(call: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`."""
+    check.number_or_schedule(f"{call}: learning_rate", learning_rate, "(-inf, inf)")
+    return optax.scale_by_learning_rate(learning_rate)
+
+
+def given_or(
+    where: str, given: optax.GradientTransformation | None, default: Build
+) -> optax.GradientTransformation | Build:
+    """The transformation that a user gave, checked; for None, the default."""
+    if given is None:
+        return default
+    check.transformation(where, given)
+    return given

@@ -1,0 +1,225 @@
+"""One leaf of `low_rank` and its subspace: which axis is projected, how far, and on what mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from orthax.base import check
+from orthax.base.leaves import (
+    explicit_sharding,
+    laid_out,
+    matrix_leaves,
+    path_text,
+    replicate_beside,
+    spec_of,
+)
+from orthax.linalg.elementary import wide_dtype
+from orthax.linalg.quantization import Quantized, dequantize, quantize
+from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_subspace
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A leaf of matrices (..., m, n) and the subspace of its shorter side, rows if they are equal.
+
+    Attributes:
+      path: Of the leaf, for error messages.
+      shape: Of the leaf.
+      rank: Dimensions of the subspace.
+      subspace: What it consists of.
+      sharding: Of the leaf, on Explicit mesh axes; None elsewhere.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int
+    subspace: Subspace
+    sharding: NamedSharding | None
+
+    @property
+    def axis(self) -> int:
+        """The axis that is projected, -2 or -1."""
+        return projected_axis(self.shape)
+
+    def first(self, x: jax.Array) -> Any:
+        """What a state keeps of the subspace before there was a gradient."""
+
+        def first(subspace: Subspace, x: jax.Array) -> Any:
+            return subspace.first(self._turned(x), self.rank)
+
+        return self._run(first, self._kept)(self.subspace, x)
+
+    def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
+        """The subspace for x, and the coordinates of x in it."""
+
+        def choose(subspace: Subspace, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
+            new, low = subspace.choose(self._turned(x), old)
+            return new, self._turned(low)
+
+        return self._run(choose, (self._kept, self._low))(self.subspace, x, old)
+
+    def project(self, x: jax.Array, kept: Any) -> jax.Array:
+        """Coordinates of x: its shape with `rank` along the projected axis."""
+
+        def project(subspace: Subspace, x: jax.Array, kept: Any) -> jax.Array:
+            return self._turned(subspace.project(self._turned(x), kept))
+
+        return self._run(project, self._low)(self.subspace, x, kept)
+
+    def expand(self, low: jax.Array, kept: Any) -> jax.Array:
+        """The matrices with these coordinates."""
+
+        def expand(subspace: Subspace, low: jax.Array, kept: Any) -> jax.Array:
+            n = self.shape[self.axis]
+            return self._turned(subspace.expand(self._turned(low), kept, n))
+
+        return self._run(expand, self.sharding)(self.subspace, low, kept)
+
+    def move(
+        self, start: jax.Array, old: Any, new: Any, x: jax.Array, *, signed: bool | None
+    ) -> jax.Array:
+        """What belongs to the coordinates of one subspace, for another; as it is at the start.
+
+        Args:
+          start: Whether there was no subspace yet.
+          old: The subspace until now.
+          new: The subspace from now on.
+          x: Shape of the coordinates, or 1 along axes other than `axis`.
+          signed: Whether x has signs, as a first moment; None if its entries must tell.
+        """
+
+        def move(x: jax.Array, start: jax.Array, old: Any, new: Any) -> jax.Array:
+            moved = self._turned(self.subspace.move(self._turned(x), old, new, signed))
+            return jnp.where(start, x, moved.astype(x.dtype))
+
+        return self._run(move, explicit_sharding(x))(x, start, old, new)
+
+    def quantize(self, x: jax.Array, bits: int, key: jax.Array | None) -> Quantized:
+        """The leaf in a few bits an entry."""
+        row: Any = self._sharded(*self._spec[:-1], None)
+        codes: Any = self.sharding if bits == 8 else row
+        out = Quantized(codes, row, row)
+        return self._run(lambda x, key: quantize(x, bits, key), out)(x, key)
+
+    def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
+        """The leaf again."""
+        columns = self.shape[-1]
+        whole = self._run(lambda *kept: dequantize(Quantized(*kept), bits, columns), self.sharding)
+        return whole(*kept)
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the coordinates."""
+        shape = list(self.shape)
+        shape[self.axis] = self.rank
+        return tuple(shape)
+
+    def _run(self, fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+        """`fun` of arrays that lie where the leaf does."""
+        return fun if self.sharding is None else laid_out(fun, out_sharding)
+
+    def _turned(self, x: jax.Array) -> jax.Array:
+        return x.mT if self.axis == -2 else x
+
+    @property
+    def _spec(self) -> tuple[Any, ...]:
+        axes = len(self.shape)
+        return spec_of(self.sharding, axes) if self.sharding else (None,) * axes
+
+    @property
+    def _low(self) -> NamedSharding | None:
+        spec = list(self._spec)
+        if not isinstance(self.subspace, Whole):
+            spec[self.axis] = None
+        return self._sharded(*spec)
+
+    @property
+    def _kept(self) -> NamedSharding | None:
+        return self._sharded(*self._spec[:-2])  # the batch axes
+
+    def _sharded(self, *spec: Any) -> NamedSharding | None:
+        return self.sharding and self.sharding.update(spec=PartitionSpec(*spec))
+
+
+def projected_axis(shape: tuple[int, ...]) -> int:
+    """The shorter axis of matrices; rows, the fan-in, of square ones."""
+    return -2 if shape[-2] <= shape[-1] else -1
+
+
+def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
+    """A frame for each leaf of a tree of matrices.
+
+    Args:
+      tree: Arrays, or their shapes.
+      rank: As in `low_rank`.
+      kind: Which subspaces.
+      bases: The dense bases that a state keeps, if any.
+    """
+    matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
+    leaves, places, _ = matrix_leaves("low_rank", tree)
+    frames = []
+    for leaf, (path, sharding, _) in zip(leaves, places, strict=True):
+        n = min(np.shape(leaf)[-2:])
+        r = min(n, _rank_of(rank, path, np.shape(leaf)))
+        # A leaf of no more rank than is asked for is left whole.
+        projected = r < n and np.size(leaf)
+        subspace = make_subspace(path, n, kind, matrices.get(n)) if projected else Whole()
+        frames.append(Frame(path, np.shape(leaf), r, subspace, sharding))
+    return frames
+
+
+def check_kept(frames: list[Frame], kept: list[Any]) -> None:
+    """Raises a `ValueError` if what a state keeps is not of a leaf's rank."""
+    for frame, subspace in zip(frames, kept, strict=True):
+        found = 0 if isinstance(subspace, optax.MaskedNode) else np.shape(subspace)[-1]
+        if found != (0 if isinstance(frame.subspace, Whole) else frame.rank):
+            raise ValueError(
+                f"low_rank: '{frame.path}' with shape {frame.shape} has a state of rank "
+                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank."
+            )
+
+
+def random_matrices(tree: Any, rank: Any, seed: int) -> Any:
+    """A random orthogonal matrix for each n, in the place of the first leaf that needs it."""
+    drawn = set()
+
+    def draw(keys: Any, leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        n = min(shape[-2:])
+        if n in drawn or _rank_of(rank, path_text(keys), shape) >= n:
+            return optax.MaskedNode()
+        drawn.add(n)
+        dtype = jnp.finfo(wide_dtype(leaf.dtype)).dtype
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        return replicate_beside(jax.random.orthogonal(key, n, dtype=dtype), leaf)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def check_rank(rank: Any) -> None:
+    """Raises unless `rank` is an integer, a fraction or a function."""
+    if callable(rank):
+        return
+    accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
+    if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
+        raise TypeError(
+            f"low_rank: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
+            "it in static_args."
+        )
+    if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
+        raise ValueError(f"low_rank: rank must be {accepted}, got {rank!r}.")
+
+
+def _rank_of(rank: Any, path: str, shape: tuple[int, ...]) -> int:
+    m, n = shape[-2:]
+    if not callable(rank):
+        whole = isinstance(rank, (int, np.integer))
+        return int(rank) if whole else max(1, math.floor(float(rank) * min(m, n) + 0.5))
+    return check.integer(f"low_rank: rank({m}, {n}) of '{path}'", rank(m, n))

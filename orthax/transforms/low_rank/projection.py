@@ -1,0 +1,292 @@
+"""`low_rank`: any transformation, run in the few dimensions that hold most of each gradient.
+
+`low_rank(inner, rank, retain=...)` shows `inner` the coordinates of a buffer, b = buffer + g, in r
+columns Q of an orthonormal basis, and keeps what was left out:
+
+    low = b Q;  update = inner(low) Q^T;  buffer = b - (1 - retain) low Q^T
+
+  * Trion is `low_rank(orthogonalize(), rank, retain=0.95)`: the buffer is its momentum.
+  * DCT-AdamW is `low_rank(scale_by_adam_per_index(), rank)`; with `retain=0.0` the buffer is its
+    error feedback.
+  * GaLore is `low_rank(optax.scale_by_adam(), rank, basis="svd", update_every=200)`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax.base import check
+from orthax.base.each_matrix import EachMatrix
+from orthax.base.leaves import check_matrix_leaves, keep_dtypes, zeros_like
+from orthax.linalg.elementary import RANKINGS, wide
+from orthax.transforms.low_rank.frames import (
+    Frame,
+    check_kept,
+    check_rank,
+    make_frames,
+    random_matrices,
+)
+from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
+from orthax.transforms.low_rank.quantized import (
+    BITS,
+    ROUNDINGS,
+    dequantize_leaves,
+    quantize_leaves,
+)
+from orthax.transforms.low_rank.subspaces import BASES, Kind
+
+
+class LowRankState(NamedTuple):
+    """State of `low_rank`.
+
+    Attributes:
+      count: Number of updates, int32.
+      subspaces: For each leaf the indices of its columns in the basis, int32 (..., r), increasing;
+        for the bases "svd" and "subspace" the columns, (..., n, r).
+      bases: The dense basis "random", n x n, once for each n, in the place of the first leaf with
+        it; None for all other bases.
+      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees;
+        None for `retain=None`.
+      inner: State of the inner transformation, for leaves of rank r.
+    """
+
+    count: jax.Array
+    subspaces: optax.Updates
+    bases: optax.Updates | None
+    residuals: Any
+    inner: optax.OptState
+
+
+def low_rank(
+    inner: optax.GradientTransformation,
+    rank: int | float | Callable[[int, int], int],
+    *,
+    basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
+    ranking: Literal["l1", "l2"] = "l2",
+    retain: jax.typing.ArrayLike | None = None,
+    update_every: int = 1,
+    buffer_dtype: Any = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs a transformation on the coordinates of each matrix in r columns of a basis.
+
+    The shorter side of a matrix is projected, of a square one the rows (fan-in): `inner` sees
+    updates and params of shape (..., m, r) or (..., r, n). What its state holds for each coordinate
+    follows when the columns change: in a fixed basis, the entries of kept indices move with them
+    and those of new ones start at zero; in "svd" and "subspace", first moments are rotated,
+    and second moments by the squares, so that none turns negative (a moment of unknown name counts
+    as second if it has no negative entry).
+
+    Args:
+      inner: Transformation whose state follows the shape of the updates, or is one scalar for all:
+        `optax.trace`, `scale_by_adam`, `scale_by_lion`, `orthogonalize`, a `chain`, ...
+      rank: Dimensions r: an integer, a fraction of the shorter side in (0, 1], or a function of
+        (m, n) to an integer. A matrix whose shorter side is at most r is not projected.
+      basis: "dct" and "dct3", the cosines of DCT-II and DCT-III, are computed where they are needed
+        and never stored; "hadamard" likewise, for sizes that have a Hadamard matrix; "random", one
+        random orthogonal matrix for each size, from `seed`; "columns", the identity: plain
+        selection; "svd", the leading singular vectors; "subspace", one step of subspace iteration
+        towards them.
+      ranking: Norm by which the r columns of largest coordinates are chosen, "l1" or "l2"; see
+        `orthax.linalg.top_columns`. "svd" and "subspace" have nothing to rank.
+      retain: None: no buffer; what is outside the subspace is lost. A number in [0, 1): the buffer
+        keeps it, and this part of what is inside: 0 is error feedback, a momentum makes the buffer
+        a momentum. At 0, with `optax.identity()` as inner, the updates so far and the buffer add
+        up to the gradients so far.
+      update_every: Updates between choices of the subspace.
+      buffer_dtype: Of the buffer: None (the params'; float32 for float16), a dtype, or "int8" or
+        "int4" for so many bits an entry and two float32 numbers a row.
+      rounding: Of "int8" and "int4": "nearest", or "stochastic", right on average.
+      seed: Of random bases and of stochastic rounding.
+
+    Returns:
+      A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
+      axes the compiler may lay them out in its own way; `optax.apply_updates` and `out_shardings`
+      bring them back). With "l2" ranking and a fixed basis, the coordinates hold at least the part
+      r / n of the buffer's energy. 16-bit matrices are projected in float32.
+      State: `LowRankState`: inner's, r / min(m, n) of its size without projection; r indices; the
+      buffer.
+      Sees: trees whose leaves' last two axes are the matrix; needs params if `inner` does.
+
+    Raises:
+      ValueError: For an argument out of range or unknown; at `init`, for a leaf of fewer than two
+        axes, a size without a Hadamard matrix, or a state of `inner` that cannot follow a change of
+        subspace (Adafactor's factored moments), by name.
+      TypeError: For an argument of the wrong type (in `optax.inject_hyperparams` all but `retain`
+        belong into `static_args`); for an integer leaf.
+
+    Example:
+      >>> tx = low_rank(optax.identity(), rank=1, basis="columns", retain=0.0)
+      >>> g = jnp.array([[1.0, 2.0], [0.0, 0.0], [2.0, 2.0]])
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> print(updates)
+      [[0. 2.]
+       [0. 0.]
+       [0. 2.]]
+      >>> print(state.residuals)
+      [[1. 0.]
+       [0. 0.]
+       [2. 0.]]
+
+    Reference:
+      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from Ahn et
+      al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et al.,
+      GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
+    """
+    check.transformation("low_rank: inner", inner)
+    check_rank(rank)
+    check.choice("low_rank: basis", basis, BASES)
+    check.choice("low_rank: ranking", ranking, RANKINGS)
+    if retain is not None:
+        check.number("low_rank: retain", retain, "[0, 1)")
+    check.integer("low_rank: update_every", update_every)
+    check.floating_dtype("low_rank: buffer_dtype", buffer_dtype, names=tuple(BITS))
+    check.choice("low_rank: rounding", rounding, ROUNDINGS)
+    check.integer("low_rank: seed", seed, "[0, inf)")
+    bits = BITS.get(buffer_dtype) if isinstance(buffer_dtype, str) else None
+    sees_params = not isinstance(inner, EachMatrix) or inner.needs_params
+    inner = optax.with_extra_args_support(inner)
+
+    kind = Kind(basis, ranking, seed)
+
+    def save(
+        frames: list[Frame], xs: list[jax.Array], dtypes: list[Any], structure: Any, count: Any
+    ) -> Any:
+        if bits is not None:
+            stochastic = seed if rounding == "stochastic" else None
+            return quantize_leaves(frames, xs, structure, bits=bits, seed=stochastic, count=count)
+        kept = [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)]
+        return structure.unflatten(kept)
+
+    def load(frames: list[Frame], saved: Any, structure: Any) -> list[jax.Array]:
+        if bits is not None:
+            return dequantize_leaves(frames, saved, structure, bits)
+        return structure.flatten_up_to(saved)
+
+    def init(params: optax.Params) -> LowRankState:
+        check_matrix_leaves("low_rank", params)
+        leaves, structure = jax.tree.flatten(params)
+        bases = random_matrices(params, rank, seed) if basis == "random" else None
+        frames = make_frames(params, rank, kind, bases)
+        zeros = [wide(zeros_like(x)) for x in leaves]
+        kept = [frame.first(x) for frame, x in zip(frames, zeros, strict=True)]
+        # What inner keeps is as large as the coordinates, not as the params.
+        low = structure.unflatten(map(_projected, frames, leaves, kept))
+        inner_state = inner.init(low)
+        check_inner_state(inner, inner_state, structure.unflatten(frames))
+        count = jnp.zeros([], jnp.int32)
+        residuals = None
+        if retain is not None:
+            _check_complex(frames, zeros, buffer_dtype)
+            dtypes = [None if bits else buffer_dtype or x.dtype for x in leaves]
+            residuals = save(frames, zeros, dtypes, structure, count)
+        return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
+
+    def update(
+        updates: optax.Updates,
+        state: LowRankState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, LowRankState]:
+        gradients, structure = jax.tree.flatten(updates)
+        frames = make_frames(updates, rank, kind, state.bases)
+        old = structure.flatten_up_to(state.subspaces)
+        check_kept(frames, old)
+
+        # b = buffer + g: Trion's momentum (Algorithm 1), DCT-AdamW's gradient with its error.
+        xs = [wide(g) for g in gradients]
+        saved: list[jax.Array] = []
+        if retain is not None:
+            saved = load(frames, state.residuals, structure)
+            xs = [x + residual.astype(x.dtype) for x, residual in zip(xs, saved, strict=True)]
+
+        def choose() -> tuple[Any, Any, Any]:
+            # The r columns where b Q is largest, and b's coordinates there, low = b Q_r. What the
+            # inner state holds for a column that stays goes where the column is now.
+            pairs = [*map(Frame.choose, frames, xs, old)]
+            new, low = [kept for kept, _ in pairs], [coordinates for _, coordinates in pairs]
+            moved = state.inner
+            if jax.tree.leaves(state.inner):
+                moved = move_inner_state(
+                    inner,
+                    state.inner,
+                    structure.unflatten(frames),
+                    state.subspaces,
+                    structure.unflatten(new),
+                    start=state.count == 0,
+                )
+            return new, low, moved
+
+        def keep() -> tuple[Any, Any, Any]:
+            return old, [*map(Frame.project, frames, xs, old)], state.inner
+
+        if update_every == 1:
+            new, low, inner_state = choose()
+        else:  # between choices, as GaLore does, only the coordinates are new
+            new, low, inner_state = jax.lax.cond(state.count % update_every == 0, choose, keep)
+
+        # inner sees gradients and params of rank r, in the dtypes that it would see of whole ones.
+        low = [x.astype(g.dtype) for x, g in zip(low, gradients, strict=True)]
+        low_params = None
+        if params is not None and sees_params:
+            low_params = structure.unflatten(
+                map(_projected, frames, structure.flatten_up_to(params), new)
+            )
+        directions, inner_state = inner.update(
+            structure.unflatten(low), inner_state, low_params, **extra
+        )
+
+        # inner(low) Q_r^T, back in the shape of the leaf.
+        results = [
+            frame.expand(wide(direction), kept).astype(g.dtype)
+            for frame, direction, kept, g in zip(
+                frames, structure.flatten_up_to(directions), new, gradients, strict=True
+            )
+        ]
+
+        # buffer = b - (1 - retain) low Q_r^T: only what was used decays.
+        residuals = None
+        if retain is not None:
+            left = [
+                x - (1 - retain) * frame.expand(wide(coordinates), kept)
+                for frame, x, coordinates, kept in zip(frames, xs, low, new, strict=True)
+            ]
+            # In the dtype it had: gradients may come in another one than the params.
+            dtypes = [x.dtype for x in saved]
+            _check_complex(frames, left, buffer_dtype)
+            residuals = save(frames, left, dtypes, structure, state.count)
+        return structure.unflatten(results), LowRankState(
+            jnp.asarray(optax.safe_increment(state.count)),
+            structure.unflatten(new),
+            state.bases,
+            residuals,
+            inner_state,
+        )
+
+    return keep_dtypes(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _projected(frame: Frame, x: Any, kept: Any) -> Any:
+    """Coordinates of params, in their dtype; of a `ShapeDtypeStruct`, the same of them."""
+
+    def projected(x: jax.Array, kept: Any) -> jax.Array:
+        return frame.project(wide(x), kept).astype(x.dtype)
+
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(projected, x, kept)
+    return projected(jnp.asarray(x), kept)
+
+
+def _check_complex(frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
+    """Raises, naming the leaf, if a buffer would lose the imaginary part."""
+    if buffer_dtype is None or jnp.issubdtype(buffer_dtype, jnp.complexfloating):
+        return
+    for frame, x in zip(frames, xs, strict=True):
+        if jnp.iscomplexobj(x):
+            raise TypeError(
+                f"low_rank: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
+            )
