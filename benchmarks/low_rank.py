@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 
 import orthax
 from orthax.linalg import dct
-from orthax.linalg._hadamard import hadamard_transform
+from orthax.linalg.bases.hadamard import hadamard_transform
 
 sys.path.append(str(record.ROOT / "examples"))
 import gpt

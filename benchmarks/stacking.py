@@ -16,8 +16,8 @@ import numpy as np
 import record
 import tyro
 
+from orthax.base.each_matrix import map_in_place
 from orthax.linalg import newton_schulz
-from orthax.linalg._stacking import map_in_place
 
 STACKS = (
     (64, 64, 64),

@@ -8,11 +8,12 @@ Values of tracers are not known, so a tracer of a number passes as a number.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 NUMBER = (int, float, np.number, np.ndarray, jax.Array)  # a tracer is a `jax.Array`
@@ -20,8 +21,8 @@ NUMBER = (int, float, np.number, np.ndarray, jax.Array)  # a tracer is a `jax.Ar
 
 def number(
     where: str, x: Any, interval: str, *, alternative: str = "", static: bool = False
-) -> None:
-    """Raises unless `x` is one real number in an interval such as "[0, 1)" or "(0, inf)".
+) -> Any:
+    """The number that came, or an error unless it lies in an interval such as "[0, 1)".
 
     Args:
       where: "call: argument".
@@ -34,6 +35,7 @@ def number(
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)
     if not isinstance(x, Tracer) and not _lies_in(float(x), interval):
         _refuse(ValueError, where, f"a number in {interval}{alternative}", x)
+    return x
 
 
 def integer(where: str, x: Any, interval: str = "[1, inf)") -> int:
@@ -61,10 +63,9 @@ def flag(where: str, x: Any) -> None:
         _refuse(TypeError, where, "True or False", x)
 
 
-def number_or_schedule(where: str, x: Any, interval: str) -> None:
-    """Raises unless `x` is a number in an interval or a schedule, a function of the count."""
-    if not callable(x):
-        number(where, x, interval, alternative=" or a schedule")
+def number_or_schedule(where: str, x: Any, interval: str) -> Any:
+    """The number or schedule, a function of the count, that came, or an error."""
+    return x if callable(x) else number(where, x, interval, alternative=" or a schedule")
 
 
 def function(where: str, x: Any, accepted: str = "a function of matrices") -> None:
@@ -92,14 +93,14 @@ def floating_dtype(where: str, x: Any, *, names: Sequence[str] = ()) -> None:
         _refuse(ValueError, where, f"one of {accepted}", x)
 
 
-def is_number(x: Any) -> bool:
+def is_number(x: Any) -> TypeGuard[Any]:
     """Whether `x` is one real number: of Python, NumPy or JAX, or a tracer of one; True is none."""
     if not isinstance(x, NUMBER) or isinstance(x, bool) or np.ndim(x):
         return False
     return not isinstance(x, (np.ndarray, np.number, jax.Array)) or x.dtype.kind not in "bcO"
 
 
-def is_transformation(x: Any) -> bool:
+def is_transformation(x: Any) -> TypeGuard[optax.GradientTransformation]:
     """Whether `x` is a transformation: any object with `init` and `update`."""
     return hasattr(x, "init") and hasattr(x, "update")
 

@@ -72,7 +72,7 @@ def each_matrix(
     share: float = NONE,
     needs_params: bool = False,
     init: Callable[[Any], tuple[jax.Array, ...]] | None = None,
-    state: Callable[..., Any] | None = None,
+    state_type: Any = None,
 ) -> EachMatrix:
     """Makes a function of one matrix into a transformation.
 
@@ -87,28 +87,30 @@ def each_matrix(
       needs_params: Whether `step` takes the params as its last argument.
       init: From zeros in the place of a leaf, or its `ShapeDtypeStruct`, to what the state holds
         for it. None: there is no state.
-      state: The state's type, of one tree for each entry of that.
+      state_type: The state's type, of one tree for each entry of that.
     """
 
     def init_all(params: optax.Params) -> optax.OptState:
-        if init is None or state is None:
+        if init is None or state_type is None:
             return optax.EmptyState()
         check_matrix_leaves(call, params)
         leaves, structure = jax.tree.flatten(params)
         rows = [init(leaf) for leaf in leaves]
-        return state(*(structure.unflatten(tree) for tree in _columns(rows, len(state._fields))))
+        return state_type(
+            *(structure.unflatten(tree) for tree in _columns(rows, len(state_type._fields)))
+        )
 
     def update_all(
-        updates: optax.Updates, old: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
         if needs_params:
             check_params(call, params)
         extra = [params] if needs_params else []
-        if init is None or state is None:
+        if init is None or state_type is None:
             (results,) = map_matrices(call, step, updates, *extra, share=share)
-            return results, old
-        results, *new = map_matrices(call, step, updates, *old, *extra, outputs=1 + len(old))
-        return results, state(*new)
+            return results, state
+        results, *new = map_matrices(call, step, updates, *state, *extra, outputs=1 + len(state))
+        return results, state_type(*new)
 
     made = EachMatrix(init_all, update_all)
     made.call, made.step, made.needs_params = call, step, needs_params

@@ -13,7 +13,7 @@ Views are static, so nothing is added to a compiled program but the reshapes.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import jax
@@ -192,7 +192,7 @@ def partition(
     dimension_numbers: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`partition_matrices` for an optimizer, whose name stands in error messages."""
-    given: dict[str, Any] = {"matrices": matrices, "rest": rest}
+    given: dict[Hashable, Any] = {"matrices": matrices, "rest": rest}
     built = [name for name, part in given.items() if not check.is_transformation(part)]
     for name in built:
         accepted = "an optax transformation or a function to one"
@@ -232,18 +232,22 @@ def _shown_matrices(
     def masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
 
-    def moves(x: Any, leaf: Leaf) -> bool:
-        return leaf.view is not None and not leaf.view.is_identity and not masked(x)
+    def view_of(x: Any, leaf: Leaf | None) -> MatrixView | PackedView | None:
+        if masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
+            return None
+        return leaf.view
 
     def opened(tree: Any) -> Any:
         def open_leaf(x: Any, leaf: Leaf | None) -> Any:
-            return open_view(leaf.view, x) if leaf and moves(x, leaf) else x
+            view = view_of(x, leaf)
+            return x if view is None else open_view(view, x)
 
         return jax.tree.map(open_leaf, tree, decided, is_leaf=masked)
 
     def closed(results: Any, like: Any) -> Any:
         def close_leaf(x: Any, result: Any, leaf: Leaf) -> Any:
-            return close_view(leaf.view, result, x) if moves(x, leaf) else result
+            view = view_of(x, leaf)
+            return result if view is None else close_view(view, result, x)
 
         return jax.tree.map(close_leaf, like, results, decided, is_leaf=masked)
 
@@ -293,8 +297,8 @@ def resolve(
     unruled = [path for path, (dims, _) in zip(paths, chosen, strict=True) if dims is ...]
     verdicts = default_verdicts(unruled, shapes)
 
-    def decide(path: Path, name: str, value: Any, dims: Any, reason: str) -> Leaf:
-        verdict = verdicts[path] if dims is ... else (dims, reason)
+    def decide(path: Path, name: str, value: Any, choice: tuple[Any, str]) -> Leaf:
+        verdict = verdicts[path] if choice[0] is ... else choice
         if isinstance(verdict, Undecided):
             if not report:
                 raise Undecided(f"{call}: {verdict}")
@@ -303,4 +307,4 @@ def resolve(
         view = None if dims is None else make_view(call, name, value, dims)
         return Leaf(name, value, view, reason)
 
-    return [decide(*row, *of) for *row, of in zip(paths, names, values, chosen, strict=True)]
+    return list(map(decide, paths, names, values, chosen))

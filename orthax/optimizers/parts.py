@@ -21,8 +21,10 @@ def momentum_step(
     check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
     if check.is_transformation(momentum):
         return momentum
-    check.number(f"{call}: momentum", momentum, "[0, 1)", alternative=" or a transformation")
-    return optax.trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype)
+    decay = check.number(
+        f"{call}: momentum", momentum, "[0, 1)", alternative=" or a transformation"
+    )
+    return optax.trace(decay, nesterov=nesterov, accumulator_dtype=mu_dtype)
 
 
 def decay_step(
@@ -35,11 +37,11 @@ def decay_step(
     """
     if check.is_transformation(weight_decay):
         return weight_decay
-    check.number_or_schedule(f"{call}: weight_decay", weight_decay, "[0, inf)")
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+    strength = check.number_or_schedule(f"{call}: weight_decay", weight_decay, "[0, inf)")
+    if isinstance(strength, (int, float)) and strength == 0:
         return optax.identity()
-    decay = optax.add_decayed_weights(weight_decay)
-    return needs_params(f"{call}: with weight_decay={weight_decay!r}", decay)
+    decay = optax.add_decayed_weights(strength)
+    return needs_params(f"{call}: with weight_decay={strength!r}", decay)
 
 
 def rate_step(call: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -87,9 +87,7 @@ def scale_by_adam_per_index(
         weight = jnp.sum(wide(zeros.real), axis=other, keepdims=True)
         return zeros.astype(mu_dtype or x.dtype), zeros.real, weight, jnp.zeros_like(weight)
 
-    def scaled(
-        g: jax.Array, mu: jax.Array, nu: jax.Array, mu_weight: jax.Array, nu_weight: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def scaled(g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any) -> tuple[Any, ...]:
         # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
         # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
         mu = (1 - b1) * g + b1 * mu
@@ -99,4 +97,4 @@ def scale_by_adam_per_index(
         direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
         return direction, mu, nu, mu_weight, nu_weight
 
-    return keep_dtypes(each_matrix(call, scaled, init=start, state=ScaleByAdamPerIndexState))
+    return keep_dtypes(each_matrix(call, scaled, init=start, state_type=ScaleByAdamPerIndexState))

@@ -77,7 +77,7 @@ def scale_by_cosh_rms(
     return each_matrix("scale_by_cosh_rms", scaled, share=SMALL)
 
 
-def _brake(x: jax.Array, gamma: jax.Array) -> jax.Array:
+def _brake(x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
     """1 / (R + 1e-8) with R^2 = mean cosh(gamma |x|)^2 = 1 + mean sinh(gamma |x|)^2.
 
     The largest |x| is 1, or up to sqrt(2) for complex x, so the largest argument is known. Where

@@ -96,4 +96,4 @@ def normalize_neurons(
         before, after = frobenius_norm(x), frobenius_norm(divided)
         return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 
-    return each_matrix("normalize_neurons", evened, init=start, state=NormalizeNeuronsState)
+    return each_matrix("normalize_neurons", evened, init=start, state_type=NormalizeNeuronsState)

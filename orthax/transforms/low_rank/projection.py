@@ -167,7 +167,7 @@ def low_rank(
             return dequantize_leaves(frames, saved, structure, bits)
         return structure.flatten_up_to(saved)
 
-    def init(params: optax.Params) -> LowRankState:
+    def init(params: optax.Params) -> Any:
         check_matrix_leaves("low_rank", params)
         leaves, structure = jax.tree.flatten(params)
         bases = random_matrices(params, rank, seed) if basis == "random" else None
@@ -187,11 +187,8 @@ def low_rank(
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
 
     def update(
-        updates: optax.Updates,
-        state: LowRankState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, LowRankState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
         gradients, structure = jax.tree.flatten(updates)
         frames = make_frames(updates, rank, kind, state.bases)
         old = structure.flatten_up_to(state.subspaces)
