@@ -31,9 +31,6 @@ every_optimizer = each([case for case in CASES if "learning_rate" in case.kwargs
 cases_with_numbers = each([case for case in CASES if case.numbers])
 
 
-pytestmark = pytest.mark.compile_faster
-
-
 @functools.cache
 def built(name):
     """The transformation of a row and its compiled update; one for all tests."""

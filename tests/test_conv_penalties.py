@@ -16,8 +16,6 @@ from flax import nnx
 from orthax.conv_penalties import convolution_orthogonality, orthogonal_convolution_exists
 from orthax.penalties import soft_orthogonality
 
-pytestmark = pytest.mark.compile_faster
-
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
 
 OPTIONS = ("strides", "dilation", "groups", "transposed", "self_padding")

@@ -26,8 +26,6 @@ from orthax.diagnostics import (
 )
 from orthax.penalties import WithMemory
 
-pytestmark = pytest.mark.compile_faster
-
 SHAPES = [(7, 4), (5, 5), (1, 6), (6, 1), (2, 3, 4, 6)]
 SCALES = [1e-20, 1e-5, 1.0, 1e5, 1e18]
 

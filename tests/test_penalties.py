@@ -21,8 +21,6 @@ from orthax.penalties import (
     warm_spectral_restricted_isometry,
 )
 
-pytestmark = pytest.mark.compile_faster
-
 RADIUS, SHARPNESS = 3.0, 0.7
 CONVERGED = 300  # steps after which the power iteration has the norm of a small matrix
 

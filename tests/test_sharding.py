@@ -13,9 +13,7 @@ FOLDER = pathlib.Path(__file__).parent / "sharding"
 def run_tests(chosen):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("PYTEST_") and name != "XLA_FLAGS"
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
     }
     return subprocess.run(
         [*command, "--capture=sys", "-k", chosen, str(FOLDER)],  # XLA writes past sys.stderr

@@ -11,8 +11,6 @@ from flax import nnx
 
 from orthax.linalg import convolution_matrix, convolution_singular_values
 
-pytestmark = pytest.mark.compile_faster
-
 
 def says(*parts):
     """Pattern of a message that holds all parts, in order."""

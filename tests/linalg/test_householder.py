@@ -15,8 +15,6 @@ from orthax.linalg import (
     householder_vectors,
 )
 
-pytestmark = pytest.mark.compile_faster
-
 product = jax.jit(householder_product, static_argnames="columns")
 vectors = jax.jit(householder_vectors)
 projector = jax.jit(householder_projector)

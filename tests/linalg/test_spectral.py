@@ -12,8 +12,6 @@ import tolerances
 
 from orthax.linalg import SpectralNorm, spectral_norm
 
-pytestmark = pytest.mark.compile_faster
-
 estimate = jax.jit(spectral_norm, static_argnames="steps")
 SHAPES = [(40, 16), (16, 40), (1, 9), (9, 1), (1, 1), (3, 8, 8), (2, 2, 5, 7)]
 ROUNDING = 4 * tolerances.eps(np.float32)  # of a norm: of its vectors, two products and the length

@@ -12,8 +12,6 @@ from paths import run, updates_of
 
 import orthax
 
-pytestmark = pytest.mark.compile_faster
-
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 LEAVES = ["tall", "wide", "square"]
 # The code multiplies moments by a dense, rounded rotation, where zeros are exact here.

@@ -14,8 +14,6 @@ import orthax
 from orthax.linalg import coefficients, newton_schulz, polar_svd
 from orthax.transforms.low_rank import LowRankState
 
-pytestmark = pytest.mark.compile_faster
-
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 # The published code chooses columns of the DCT-III matrix for tall leaves and rows for wide ones.
 LEAVES = {"tall": "dct3", "square": "dct3", "wide": "dct"}

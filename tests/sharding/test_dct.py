@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from orthax.linalg import dct, idct
 
-pytestmark = pytest.mark.compile_faster  # how arrays are sharded is decided before
-
 COLLECTIVE = re.compile("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 LENGTH = 264  # one device would take the FFT
 LAYOUTS = {

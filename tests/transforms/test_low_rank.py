@@ -14,8 +14,6 @@ from hypothesis.extra.numpy import arrays
 import orthax
 from orthax.linalg import polar_svd
 
-pytestmark = pytest.mark.compile_faster
-
 # Sizes of the shorter sides have Hadamard matrices. The rows of a square matrix are projected.
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (8, 8), "layers": (2, 4, 6)}
 FIXED = ["dct", "dct3", "random", "hadamard", "columns"]

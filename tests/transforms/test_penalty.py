@@ -21,8 +21,6 @@ from orthax.penalties import (
     warm_spectral_restricted_isometry,
 )
 
-pytestmark = pytest.mark.compile_faster
-
 SHAPES = {"square": (5, 5), "tall": (7, 4), "wide": (4, 7), "batch": (2, 6, 3)}
 ADD_SOFT = orthax.add_penalty(soft_orthogonality, 0.3)
 

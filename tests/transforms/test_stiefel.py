@@ -14,8 +14,6 @@ import tolerances
 import orthax
 from orthax.linalg import polar_svd
 
-pytestmark = pytest.mark.compile_faster
-
 SHAPES = {
     "square": (8, 8),
     "tall": (12, 5),
