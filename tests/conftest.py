@@ -6,6 +6,12 @@ import warnings
 
 import compilation
 import pytest
+from part import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
 
 if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py said how it is to compile")

@@ -25,6 +25,7 @@ def run_tests(chosen):
     )
 
 
+@pytest.mark.in_every_part
 @pytest.mark.parametrize("chosen", ["auto", "not auto"])  # two processes, for two cores
 def test_the_tests_on_eight_devices_pass(chosen):
     run = run_tests(chosen)

@@ -279,6 +279,7 @@ def singular_vectors(rows):
     return oracles.orthogonal(rng, rows), oracles.orthogonal(rng, rows)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize(("backend", "rows"), [("cpu", 256), ("cpu", 768), ("gpu", 256)])
 @pytest.mark.parametrize(
     ("accuracy", "smallest", "least", "most"),
@@ -334,6 +335,7 @@ def distance(actual, expected):
     return np.linalg.norm(oracles.float64(actual) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.accuracy
 @by_backend
 @pytest.mark.parametrize("name", REAL)
 def test_fast_is_no_farther_from_the_factor_than_five_steps_of_muon_and_exact_at_most_a_fifth(

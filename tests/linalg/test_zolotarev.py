@@ -199,6 +199,7 @@ def singular_vectors(m, n=None):
     return oracles.orthogonal(rng, m), oracles.orthogonal(rng, m, n)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize(
     ("rows", "small", "degree", "passes", "smallest", "least", "most"),
     [
@@ -220,6 +221,7 @@ def test_singular_values_come_near_one_from_the_smallest_promised(
     assert s.max() < most + PRINTED
 
 
+@pytest.mark.accuracy
 @promised
 @pytest.mark.parametrize("name", SPECTRA)
 def test_other_singular_values_are_lifted_as_the_function_says(
