@@ -12,6 +12,7 @@ import pytest
 import scipy.optimize
 import tolerances
 from flax import nnx
+from helpers import says
 
 from orthax.conv_penalties import convolution_orthogonality, orthogonal_convolution_exists
 from orthax.penalties import soft_orthogonality
@@ -20,11 +21,6 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
 
 OPTIONS = ("strides", "dilation", "groups", "transposed", "self_padding")
 penalty = jax.jit(convolution_orthogonality, static_argnames=OPTIONS)
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 def normal(shape, dtype=np.float64, seed=0):

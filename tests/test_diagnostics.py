@@ -8,6 +8,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from helpers import normal, says
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -28,19 +29,6 @@ from orthax.penalties import WithMemory
 
 SHAPES = [(7, 4), (5, 5), (1, 6), (6, 1), (2, 3, 4, 6)]
 SCALES = [1e-20, 1e-5, 1.0, 1e5, 1e18]
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = (x + 1j * rng.standard_normal(shape)) / 2**0.5
-    return x.astype(dtype)
 
 
 # --- the formulas, for one matrix in float64

@@ -1,5 +1,4 @@
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import scipy.linalg
 import scipy.optimize
 import scipy.special
 import tolerances
+from helpers import normal, says
 
 from orthax.penalties import (
     WithMemory,
@@ -32,19 +32,6 @@ PENALTIES = {
     "lambda": functools.partial(lambda_orthogonality, radius=RADIUS, sharpness=SHARPNESS),
 }
 every_penalty = pytest.mark.parametrize("name", PENALTIES)
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = (x + 1j * rng.standard_normal(shape)) / 2**0.5
-    return x.astype(dtype)
 
 
 def adjoint(x):

@@ -8,6 +8,7 @@ import oracles
 import pytest
 import scipy.fft
 import tolerances
+from helpers import normal
 
 from orthax.linalg import dct, dct_matrix, idct
 from orthax.linalg._dct import FFT_FROM, LONGEST, dct_columns
@@ -20,14 +21,6 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 by_size = pytest.mark.parametrize("n", SIZES)
 by_method = pytest.mark.parametrize("method", METHODS)
 by_function = pytest.mark.parametrize("function", [dct, idct], ids=["dct", "idct"])
-
-
-def normal(shape, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def expected(function, x):

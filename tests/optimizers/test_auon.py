@@ -230,7 +230,7 @@ def test_an_average_given_as_momentum_is_taken_as_it_is():
     theirs = updates_of(orthax.auon(0.1, 0.95, **options), params, grads)
     for actual, expected in zip(ours, theirs, strict=True):
         for leaf in SHAPES:
-            # How the two round depends on the compiler: one entry of 240 differed by 1.1e-5 of itself.
+            # How the two round depends on the compiler: one entry of 240 is 1.1e-5 off.
             np.testing.assert_allclose(actual[leaf], expected[leaf], rtol=2e-5, atol=1e-9)
 
 

@@ -8,6 +8,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from helpers import array_bytes
 from paths import run, updates_of
 
 import orthax
@@ -45,11 +46,6 @@ def transcribed(p, grads, *args, basis, **options):
         for i, x in enumerate(p)
     ]
     return [np.stack(step) for step in zip(*slices, strict=True)]
-
-
-def array_bytes(state):
-    """Bytes of all leaves but the counters, which are scalars."""
-    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
 
 
 # --- the published algorithm
