@@ -259,8 +259,8 @@ def test_the_spread_is_of_columns_and_zero_where_they_are_orthonormal():
     assert values[4] == 0
 
 
-def test_the_spread_after_an_exact_polar_factor_is_the_published_one():
-    """METHODS 2.4, whose neurons are rows: 0.077 for a Gaussian gradient."""
+def test_the_spread_after_an_exact_polar_factor_of_a_gaussian_is_0_077():
+    """Measured independently."""
     q = oracles.polar(normal((64, 256))).astype(np.float32)
     np.testing.assert_allclose(jax.jit(neuron_norm_spread)(q), 0.077, rtol=0.1)
     np.testing.assert_allclose(jax.jit(neuron_norm_spread)(oracles.mT(q)), 0.0, atol=1e-5)

@@ -100,7 +100,7 @@ def test_it_equals_muon_of_optax_where_the_two_formulas_agree():
 
 
 def test_nesterov_of_optax_is_another_formula():
-    """METHODS: .089 at the second step, for a matrix (64, 256); the bias correction wears off."""
+    """It corrects the bias of the average: 0.089 at the second step here, less at later ones."""
     shapes = {"w": (64, 256)}
     params, grads = normal_tree(shapes), gradients(2, shapes)
     *_, theirs = updates_of(optax.contrib.muon(1.0), params, grads)

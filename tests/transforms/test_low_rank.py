@@ -306,7 +306,7 @@ def test_l2_keeps_at_least_its_part_of_the_energy_of_any_matrix(basis, data, ran
 
 
 def test_l1_need_not_keep_that_part():
-    """The counterexample of METHODS: a spread column beats a spike with more energy."""
+    """A column of many small entries beats a spike with more energy."""
     x = np.zeros((100, 2), np.float32)
     x[:, 0], x[3, 1] = 0.05, 1.0
     for ranking, part in (("l1", 0.2), ("l2", 0.8)):

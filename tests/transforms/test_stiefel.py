@@ -427,7 +427,7 @@ def test_every_matrix_ends_at_the_norm(radius):
 
 
 def test_hyperball_is_a_relative_step_that_is_pulled_back():
-    """METHODS 14.12: u' = u r / |u|, then r (W - lr u') / |W - lr u'|."""
+    """Hyperball (MuonH): u' = u r / |u|, then r (W - lr u') / |W - lr u'|."""
     w, u, rate = normal((8, 6)), normal((8, 6), seed=1), 0.05
     chain = optax.chain(
         optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(rate), orthax.keep_norm()
