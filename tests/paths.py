@@ -1,6 +1,7 @@
 """The path of an optimizer through parameters, gradient by gradient."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tolerances
@@ -43,3 +44,24 @@ def slice_by_slice(oracle, p, grads):
         return oracle(p, grads)
     slices = [oracle(x, [g[i] for g in grads]) for i, x in enumerate(p)]
     return [np.stack(step) for step in zip(*slices, strict=True)]
+
+
+def part_of_the_loss_left(optimizer, steps):
+    """By a least squares problem with a kernel (16, 12), from zero."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((64, 16)).astype(np.float32)
+    targets = inputs @ rng.standard_normal((16, 12)).astype(np.float32)
+
+    def loss(params):
+        return jnp.mean((inputs @ params["kernel"] - targets) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"kernel": jnp.zeros((16, 12))}
+    state, start = optimizer.init(params), loss(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return loss(params) / start

@@ -346,7 +346,6 @@ def distance(actual, expected):
     return np.linalg.norm(oracles.float64(actual) - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.accuracy
 @by_backend
 @pytest.mark.parametrize("name", REAL)
 def test_fast_is_no_farther_from_the_factor_than_five_steps_of_muon_and_exact_at_most_a_fifth(

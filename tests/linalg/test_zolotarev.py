@@ -221,7 +221,6 @@ def test_singular_values_come_near_one_from_the_smallest_promised(
     assert s.max() < most + PRINTED
 
 
-@pytest.mark.accuracy
 @promised
 @pytest.mark.parametrize("name", SPECTRA)
 def test_other_singular_values_are_lifted_as_the_function_says(
