@@ -198,7 +198,7 @@ def test_params_are_needed_only_where_the_table_says_so(case):
         with pytest.raises(ValueError, match="params"):
             transformation.update(g, state)
     else:
-        assert_close(transformation.update(g, state), update(g, state, params))
+        assert_close(update(g, state), update(g, state, params))
 
 
 # --- dtypes and the state
