@@ -30,7 +30,8 @@ def orthogonal(shape, seed=0, dtype=np.float32):
 
 def tree_of(function, seed=0, **options):
     return {
-        name: function(shape, seed + i, **options) for i, (name, shape) in enumerate(SHAPES.items())
+        name: function(shape, seed=seed + i, **options)
+        for i, (name, shape) in enumerate(SHAPES.items())
     }
 
 
