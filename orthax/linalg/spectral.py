@@ -5,12 +5,13 @@ singular vector with one iteration each.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
@@ -69,6 +70,9 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     """
     check_matrices("spectral_norm", x)
     steps = check.integer("spectral_norm: steps", steps)
+    # Power iteration on x^H x, whose leading eigenvector is the leading right singular vector. The
+    # gradient of s = u^H x v is u v^H with u and v held constant, as their own change is orthogonal
+    # to them: so nothing flows back through the iteration, and it needs no memory for that.
     scaled, scale = constant_unit_max(x)
     start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
 
@@ -77,8 +81,11 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     image = _times(fixed, v)
     u = unit(image, image)
     # With u and v fixed, the norm of x^H u has the gradient u v^H of a singular value.
+    # |x^H u| is at least |x v| and, as u and v are unit vectors, at most the largest singular value.
     adjoint = _times(scaled.mT.conj(), u)
     norm, smaller = vector_norm(adjoint), vector_norm(image)
+    # For the pair (u, v) and the value |x v|, x v is met and x^H u missed by the residual. Hence a
+    # singular value lies within residual / sqrt(2) of |x v|; `norm` is norm - smaller further off.
     residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
     distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
     # Of a vector that the matrix maps to zero, no more is known than the norm of the matrix.
@@ -90,14 +97,14 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     )
 
 
-def start_vector(call: str, vector: Any, x: jax.Array, size: int) -> jax.Array:
+def start_vector(call: str, vector: ArrayLike | None, x: jax.Array, size: int) -> jax.Array:
     """The given vector at unit length, or a fixed random one where it is zero or not finite."""
     shape = (*x.shape[:-2], size)
     # The same for all matrices of a batch, so that each is treated as if alone.
     direction = jax.random.normal(jax.random.key(0), (size,), x.real.dtype).astype(x.dtype)
     fixed = jnp.broadcast_to(direction, shape)
     fixed = unit(fixed, fixed)
-    if vector is None:
+    if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
         return fixed
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
