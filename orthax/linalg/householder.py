@@ -110,8 +110,8 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         tail = frobenius_norm(below)
         length = jnp.hypot(head, tail)
         # head - length without cancellation: -tail^2 / (head + length) where head is positive
-        # (algorithm 5.1.1). Both vanish for a column that lies on its axis: that one reflects
-        # nothing, which is how products of determinant 1 come about.
+        # (algorithm 5.1.1). A column on its positive axis gives zero and is not reflected; without
+        # that, every product of k reflections would have the determinant (-1)^k.
         divisor = jnp.where(head > 0, head + length, 1)
         first = jnp.where(head > 0, -tail * (tail / divisor), head - length)
         v = _unit_columns(jnp.where(row == j, first, below))

@@ -81,11 +81,12 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     image = _times(fixed, v)
     u = unit(image, image)
     # With u and v fixed, the norm of x^H u has the gradient u v^H of a singular value.
-    # |x^H u| is at least |x v| and, as u and v are unit vectors, at most the largest singular value.
+    # That norm is at least |x v| and, as u is a unit vector, at most the largest singular value.
     adjoint = _times(scaled.mT.conj(), u)
     norm, smaller = vector_norm(adjoint), vector_norm(image)
-    # For the pair (u, v) and the value |x v|, x v is met and x^H u missed by the residual. Hence a
-    # singular value lies within residual / sqrt(2) of |x v|; `norm` is norm - smaller further off.
+    # (u, v) / sqrt(2) is nearly an eigenvector of [[0, x], [x^H, 0]], whose eigenvalues are the
+    # singular values and their negatives: with |x v| it misses by residual / sqrt(2), so one lies
+    # within that of |x v|. From `norm` the distance is greater by the difference of the two.
     residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
     distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
     # Of a vector that the matrix maps to zero, no more is known than the norm of the matrix.
