@@ -180,9 +180,7 @@ def largest_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"]) -> jax.
 # --- Gram matrices
 
 
-def symmetric_product(
-    a: jax.Array, b: jax.Array, precision: lax.PrecisionLike = None
-) -> jax.Array:
+def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
     """Product `a @ b` that is known to be Hermitian, such as a Gram matrix or a polynomial of one.
 
     All such products of `linalg` go through here: the place for a kernel that computes one half.
@@ -239,9 +237,7 @@ def gram_less_identity(y: jax.Array) -> jax.Array:
 
 
 @gram_less_identity.defjvp
-def _(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     # t y^H + y t^H as one product: what autodiff would make two, forwards and backwards.
     (y,), (t,) = primals, tangents
     half = jnp.matmul(t, y.mT.conj(), precision=lax.Precision.HIGHEST)
