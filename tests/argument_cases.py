@@ -487,7 +487,9 @@ CALLS = (
         stack=flag(),
         options=Argument(
             (
-                Bad({"steps": 5}, TypeError, ("newton_schulz", "coefficients, prescale"), "'steps'"),
+                Bad(
+                    {"steps": 5}, TypeError, ("newton_schulz", "coefficients, prescale"), "'steps'"
+                ),
                 Bad({"x": 5}, TypeError, ("newton_schulz", "no option"), "'x'"),
             ),
             ({}, {"eps": 0.1}),
@@ -677,9 +679,7 @@ CALLS = (
         v=matrices(tall=True, real=True),
         columns=integer("[1, 4]", none=True),
     ),
-    call(
-        "householder_vectors", linalg.householder_vectors, q=matrices(tall=True, real=True)
-    ),
+    call("householder_vectors", linalg.householder_vectors, q=matrices(tall=True, real=True)),
     call(
         "householder_projector",
         linalg.householder_projector,
@@ -1085,7 +1085,10 @@ def later() -> list[Row]:
     add("orthogonalize", "coefficients", lambda o: orthax.orthogonalize(**o), polar)
     add("orthogonalize", "'eps'", lambda o: orthax.orthogonalize(half_way, **o), none)
 
-    soft, warm = orthax.add_penalty(penalties.soft_orthogonality, 1.0), orthax.add_penalty(MEMORY, 1)
+    soft, warm = (
+        orthax.add_penalty(penalties.soft_orthogonality, 1.0),
+        orthax.add_penalty(MEMORY, 1),
+    )
     by_rule = orthax.PathRules(((".", penalties.soft_orthogonality),))
     way_out = ("mask", "orthax.PathRules")
     two_axes = ("soft_orthogonality: w has shape (2,)", *way_out)
@@ -1174,9 +1177,7 @@ def run_of(call: Call, argument: str) -> Callable[[Any], Any]:
 
     def run(value: Any) -> None:
         given = {**call.good, argument: value}
-        abstract = {
-            name: x for name, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)
-        }
+        abstract = {name: x for name, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
 
         def traced(abstract: dict[str, Any]) -> tuple[()]:
             then(call.function(**{**given, **abstract}))

@@ -3,16 +3,10 @@
 The table is in `argument_cases`.
 """
 
-import inspect
 import re
 
-import jax
-import optax
 import pytest
 from argument_cases import CALLS, ROWS, run_of, struct
-
-import orthax
-import orthax.nn
 
 FAULTS: dict[str, str] = {}
 """Starts of the labels of rows that do not hold yet, and why."""
