@@ -1,15 +1,10 @@
 """Which leaf is a matrix: decided once, over the whole tree, and handed to what needs it.
 
-Muon's family works on matrices `(*batch, rows, cols)`; models hold kernels of any rank, biases and
-embeddings. `resolve` decides for each leaf of a tree whether and how it is a matrix. Two wrappers
-hand on what it decided:
-
-  * `as_matrices(inner)` shows `inner` every leaf as matrices and turns its updates back.
-  * `partition_matrices(build, rest)` sends the leaves that are matrices to one chain, all others to
-    another. `build(leaves)` makes the chain; `leaves(inner)` in it shows `inner` the matrices.
-
-Muon is `partition_matrices(lambda leaves: chain(trace, leaves(orthogonalize()), ...), adamw)`.
-Views are static, so nothing is added to a compiled program but the reshapes.
+Models hold kernels of any rank, biases and embeddings; Muon's family works on matrices `(*batch,
+rows, cols)`. `resolve` decides for each leaf whether and how it is one. `partition_matrices(build,
+rest)` sends those that are to the chain that `build(leaves)` makes; `leaves(inner)` in it shows
+`inner` the matrices, as `as_matrices(inner)` does where all leaves are. Views are static, so
+nothing is added to a compiled program but the reshapes.
 """
 
 import dataclasses
@@ -24,13 +19,7 @@ from orthax.base import check
 from orthax.base.leaves import Path, keep_dtypes, paths_of
 from orthax.matrices.default_rule import Undecided, default_verdicts
 from orthax.matrices.path_rules import chosen_values
-from orthax.matrices.view import (
-    MatrixView,
-    PackedView,
-    close_view,
-    make_view,
-    open_view,
-)
+from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
 
 
 @dataclasses.dataclass(frozen=True)

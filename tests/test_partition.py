@@ -1,0 +1,164 @@
+"""Which leaf is a matrix is decided once, over the whole tree, and handed to the chains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import normal_tree
+from optax.contrib import MuonDimensionNumbers
+
+import orthax
+from orthax.matrices import partition
+
+# The bias alone tells that the last two axes of the kernel are its outputs.
+SHAPES = {
+    "DenseGeneral_0": {"kernel": (6, 2, 4), "bias": (2, 4)},
+    "Dense_0": {"kernel": (6, 8), "bias": (8,)},
+}
+
+
+def trees():
+    return normal_tree(SHAPES), normal_tree(SHAPES, seed=1)
+
+
+def kernels(params):
+    """A mask that looks at the model's own keys, as many users write it."""
+    return {name: {leaf: leaf == "kernel" for leaf in module} for name, module in params.items()}
+
+
+def only_dense(params):
+    return {name: name == "Dense_0" for name in params}  # a prefix of the tree
+
+
+def first_update(tx, params, gradients):
+    return tx.update(gradients, tx.init(params), params)[0]
+
+
+def assert_equal(actual, expected, tolerance=1e-6):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+OPTIMIZERS = {
+    "muon": orthax.muon,
+    "normuon": orthax.normuon,
+    "root": orthax.root,
+    "auon": orthax.auon,
+    "hybrid_auon": orthax.hybrid_auon,
+    "trion": orthax.trion,
+    "dct_adamw": orthax.dct_adamw,
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@every_optimizer
+def test_leaves_are_decided_once_per_update(optimizer, monkeypatch):
+    calls, resolve = [], partition.resolve
+
+    def counted(call, *arguments, **options):
+        calls.append(call)
+        return resolve(call, *arguments, **options)
+
+    monkeypatch.setattr(partition, "resolve", counted)
+    (params, gradients), tx = trees(), optimizer(0.1, weight_decay=0.1)
+    state = tx.init(params)
+    assert calls == [optimizer.__name__]
+    jax.eval_shape(tx.update, gradients, state, params)
+    assert calls == [optimizer.__name__] * 2
+
+
+@every_optimizer
+@pytest.mark.parametrize("mask", [kernels, only_dense])
+def test_a_callable_mask_sees_the_whole_tree_as_in_adamw(optimizer, mask):
+    params, gradients = trees()
+    plain = first_update(optimizer(0.1), params, gradients)
+    decayed = first_update(optimizer(0.1, weight_decay=0.5, mask=mask), params, gradients)
+    # Where optax's own AdamW decays, and nowhere else.
+    theirs = first_update(optax.adamw(0.1, weight_decay=0.5, mask=mask), params, gradients)
+    without = first_update(optax.adamw(0.1, weight_decay=0.0), params, gradients)
+    assert_equal(
+        jax.tree.map(np.subtract, decayed, plain), jax.tree.map(np.subtract, theirs, without)
+    )
+
+
+def test_callable_dimension_numbers_see_the_whole_tree():
+    seen = []
+
+    def dimension_numbers(params):
+        seen.append(jax.tree.structure(params))
+        kernel = MuonDimensionNumbers(0, (1, 2))
+        return {"DenseGeneral_0": {"kernel": kernel, "bias": None}, "Dense_0": None}
+
+    (params, gradients), tx = trees(), orthax.muon(0.1, dimension_numbers=dimension_numbers)
+    first_update(tx, params, gradients)
+    assert seen == [jax.tree.structure(params)] * 2
+
+
+def test_a_transformation_inside_acts_as_in_a_partition_of_optax_with_the_same_split():
+    # as_matrices on its own sees only its part: without the bias nothing tells the axes.
+    params, gradients = trees()
+    inner = orthax.as_matrices(orthax.orthogonalize())
+    labels = jax.tree.map_with_path(lambda path, _: path[-1].key, params)
+    theirs = optax.partition({"kernel": inner, "bias": optax.identity()}, labels)
+    ours = orthax.partition_matrices(inner, optax.identity())
+    for tx in (theirs, ours):
+        with pytest.raises(ValueError, match=r"as_matrices: 'DenseGeneral_0/kernel'"):
+            tx.init(params)
+    with_views = orthax.partition_matrices(
+        lambda leaves: leaves(orthax.orthogonalize()), optax.identity()
+    )
+    q = first_update(with_views, params, gradients)["DenseGeneral_0"]["kernel"].reshape(6, 8)
+    assert abs(np.linalg.svd(q, compute_uv=False) - 1).max() < 0.3
+
+
+def test_a_chain_may_be_masked_further_inside():
+    params, gradients = trees()
+    mask = {"DenseGeneral_0": True, "Dense_0": False}
+    tx = orthax.partition_matrices(
+        lambda leaves: optax.masked(leaves(optax.scale(0.0)), mask), optax.scale(2.0)
+    )
+    updates = first_update(tx, params, gradients)
+    assert not updates["DenseGeneral_0"]["kernel"].any()
+    assert_equal(updates["Dense_0"]["kernel"], gradients["Dense_0"]["kernel"])
+    assert_equal(updates["Dense_0"]["bias"], 2 * gradients["Dense_0"]["bias"])
+
+
+@pytest.mark.parametrize("rest", [optax.scale(2.0), lambda leaves: optax.scale(2.0)])
+def test_the_rest_is_a_transformation_or_a_function_to_one(rest):
+    params, gradients = trees()
+    updates = first_update(orthax.partition_matrices(optax.identity(), rest), params, gradients)
+    assert_equal(updates["Dense_0"]["bias"], 2 * gradients["Dense_0"]["bias"])
+    assert_equal(updates["Dense_0"]["kernel"], gradients["Dense_0"]["kernel"])
+
+
+@every_optimizer
+def test_the_weight_decay_may_be_a_transformation(optimizer):
+    def half_the_params(updates, params):
+        return jax.tree.map(lambda u, p: u + 0.5 * p, updates, params)
+
+    params, gradients = trees()
+    given = optimizer(0.1, weight_decay=optax.stateless(half_the_params), mask=kernels)
+    number = optimizer(0.1, weight_decay=0.5, mask=kernels)
+    assert_equal(first_update(given, params, gradients), first_update(number, params, gradients))
+
+
+def test_float16_is_accumulated_in_float32_in_built_chains():
+    tx = orthax.partition_matrices(lambda leaves: optax.trace(0.99), optax.trace(0.99))
+    params = {"w": jnp.ones((2, 2), jnp.float16)}
+    gradient, state = jax.tree.map(lambda x: 1000 * x, params), tx.init(params)
+    for _ in range(100):  # the sum passes 65504, the largest float16
+        updates, state = tx.update(gradient, state)
+    (trace,) = jax.tree.leaves(state.inner_states["matrices"])
+    assert trace.dtype == jnp.float32 and trace.max() > 62000
+    assert updates["w"].dtype == jnp.float16
+
+
+@pytest.mark.parametrize("retain", [0.0, 0.9])
+def test_the_buffer_of_low_rank_keeps_the_dtype_of_the_params(retain):
+    params = {"w": jnp.ones((8, 4))}
+    tx = orthax.low_rank(optax.identity(), 2, retain=retain)
+    state, g = tx.init(params), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    _, new = jax.eval_shape(tx.update, g, state, params)
+    types = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, new)]
+    assert types[0] == types[1]
