@@ -17,9 +17,8 @@ Measures: TypeAlias = dict[str, Any]  # by path; of a packed leaf, a tuple
 
 
 def of_updates(
-    measure: Callable[[jax.Array], jax.typing.ArrayLike] | WithMemory | PathRules,
-    dimension_numbers: Any = None,
-) -> Callable[[optax.Updates], Measures] | optax.GradientTransformationExtraArgs:
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
+) -> Any:
     """Measures the updates where it stands in a chain, for `optax.snapshot` and `optax.monitor`.
 
     Args:
@@ -56,8 +55,7 @@ def of_updates(
 
 
 def of_params(
-    measure: Callable[[jax.Array], jax.typing.ArrayLike] | WithMemory | PathRules,
-    dimension_numbers: Any = None,
+    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Measures the params before the update, for `optax.monitor`.
 
@@ -88,8 +86,7 @@ def of_params(
 
 
 def of_both(
-    measure: Callable[[jax.Array, jax.Array], jax.typing.ArrayLike] | PathRules,
-    dimension_numbers: Any = None,
+    measure: Callable[[jax.Array, jax.Array], Any] | PathRules, dimension_numbers: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Measures updates and params together, for `optax.monitor`.
 

@@ -124,6 +124,7 @@ class HouseholderLinear(nnx.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer to the last axis of the inputs."""
+        # The kernel is built in the dtype of the parameters and only then rounded to `dtype`.
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = promote_dtype((inputs, self.kernel, bias), dtype=self.dtype)
         outputs = jnp.matmul(inputs, kernel, precision=self.precision)

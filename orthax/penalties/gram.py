@@ -10,7 +10,7 @@ from orthax.linalg.elementary import abs_square, gram_deviation, norm_with_gradi
 
 
 def soft_orthogonality(w: jax.Array) -> jax.Array:
-    r"""Squared Frobenius distance of the Gram matrix from the identity, :math:`\|W^T W - I\|_F^2`.
+    r"""Pulls matrices towards orthogonal ones by the squared distance :math:`\|W^T W - I\|_F^2`.
 
     Its gradient is :math:`4 W (W^T W - I)`; value and gradient take two large products.
 
@@ -70,7 +70,7 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
 
 
 def mutual_coherence(w: jax.Array) -> jax.Array:
-    r"""Largest entry of the Gram matrix's distance from the identity, :math:`\max |W^T W - I|`.
+    r"""Pulls the two most similar columns apart: :math:`\max |W^T W - I|`, the largest entry.
 
     For columns of unit length that is the largest cosine between two of them: their coherence.
 
@@ -102,7 +102,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
 def lambda_orthogonality(
     w: jax.Array, radius: jax.typing.ArrayLike, sharpness: jax.typing.ArrayLike = 10.0
 ) -> jax.Array:
-    r"""Distance of the Gram matrix from the identity, free within a radius (λ-orthogonality).
+    r"""Keeps matrices near orthogonal ones, but free to adapt within a radius (λ-orthogonality).
 
     With :math:`x = \|W^T W - I\|_F`, not squared, the penalty is :math:`\sigma(\alpha (x -
     \lambda)) \, x`: the whole distance where it exceeds the radius λ, and fading below. Of all

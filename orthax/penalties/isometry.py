@@ -14,7 +14,7 @@ from orthax.linalg.spectral import power_iteration, start_vector, unit, vector_n
 def spectral_restricted_isometry(
     w: jax.Array, *, steps: int = 10, squared: bool = False
 ) -> jax.Array:
-    r"""Spectral norm of the Gram matrix's distance from the identity (SRIP).
+    r"""Pulls the singular value that is furthest from 1 towards it (SRIP).
 
     :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s. It is
     estimated by power iteration on products with vectors; the Gram matrix is never formed.

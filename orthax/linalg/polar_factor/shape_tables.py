@@ -44,12 +44,13 @@ def for_shape(
 ) -> Table:
     r"""Makes the step table that is most accurate on random matrices of one shape.
 
-    The longer a random matrix, the nearer its singular values lie to each other, and a table that
-    is made for where they lie serves them better than one for all of [0, 1]. It has the least mean
-    square distance of singular values from 1 after all steps. They are assumed to be those of a
-    Gaussian matrix over its Frobenius norm (the Marchenko-Pastur law, with a side ratio of 1:16 for
-    longer matrices too). A share of 0.0015 is spread evenly in the logarithm over [1e-5, 1], or
-    tables of wide shapes would give up the small singular values of real momentum.
+    `newton_schulz(x, for_shape)` uses it. The longer a random matrix, the nearer its singular
+    values lie to each other, and a table that is made for where they lie serves them better than
+    one for all of [0, 1]. It has the least mean square distance of singular values from 1 after all
+    steps. They are assumed to be those of a Gaussian matrix over its Frobenius norm (the
+    Marchenko-Pastur law, with a side ratio of 1:16 for longer matrices too). A share of 0.0015 is
+    spread evenly in the logarithm over [1e-5, 1], or tables of wide shapes would give up the small
+    singular values of real momentum.
 
     No singular value in [0, 1] ends above 1.3, and none beyond the first row's crest below 0.7,
     even (0.69) if every step is off by 1 % of its largest value: bfloat16 was seen to be 0.7 % off.
@@ -65,7 +66,7 @@ def for_shape(
         116 to 412 for these shapes (`MUON`: 485), and real momentum ends up to 2.3 times as far
         from orthogonal.
       spectra: Singular values that the table shall serve as well, one array per matrix, of any
-        length and scale. They get a quarter of the weight of the law, in equal parts.
+        length and scale. They take over a quarter of the law's weight, in equal parts.
 
     Returns:
       `steps` rows (a, b, c), the same on every machine. Computed on the host in float64, in about
@@ -138,8 +139,8 @@ def fit(
 
     values, shares = _assumed_spectrum(short, long, spectra)
 
-    # Their sum of squares is the mean square error and the penalty on dips below the floor. The
-    # sign is taken of real parts, because the numbers have imaginary ones in a complex step.
+    # Their sum of squares is the mean square error and a penalty on dips below the floor. Signs are
+    # those of real parts, because the numbers have imaginary ones in a complex step.
     def errors(numbers: np.ndarray) -> np.ndarray:
         y = values
         for a, b, c in _rows(numbers, steps, shared):
