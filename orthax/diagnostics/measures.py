@@ -217,6 +217,7 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
 
     Example:
       >>> import optax
+      >>> from orthax.diagnostics import of_params
       >>> tx = optax.monitor({"norm": of_params(warm_spectral_norm())})
       >>> params = {"kernel": jnp.diag(jnp.array([3.0, 1.0]))}
       >>> state = tx.init(params)

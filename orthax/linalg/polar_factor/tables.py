@@ -46,6 +46,7 @@ def scalar_map(coefficients: Sequence[Row], singular_values: ArrayLike) -> np.nd
       float64 array of the same shape.
 
     Example:
+      >>> from orthax.linalg.coefficients import MUON
       >>> round(float(scalar_map(MUON, 1.0)), 4)
       0.6964
     """
