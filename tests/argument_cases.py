@@ -56,19 +56,23 @@ class Argument:
       bad: What is refused.
       good: What is accepted, first something ordinary.
       traced: Whether it is a number whose value may be unknown.
+      static: Whether it is a number whose value must be known.
       then: Called with the result, where only that refuses.
     """
 
     bad: tuple[Bad, ...]
     good: tuple[Any, ...] = ()
     traced: bool = False
+    static: bool = False
     then: Callable[[Any], Any] = lambda result: result
 
     def but(self, *, bad: Any = (), good: Any = (), none: bool = False, then: Any = None):
         """The same with more values; with `none`, None is accepted."""
         kept = tuple(b for b in self.bad if not (none and b.value is None))
         more = ((None,) if none else ()) + tuple(good)
-        return Argument((*kept, *bad), self.good + more, self.traced, then or self.then)
+        return dataclasses.replace(
+            self, bad=(*kept, *bad), good=self.good + more, then=then or self.then
+        )
 
 
 class Call(NamedTuple):
@@ -150,17 +154,18 @@ def number(interval: str, also: str = "", *, none: bool = False, static: bool = 
     if static:
         bad += (Bad(struct(), TypeError, says),)
     beyond: list[Any] = [NAN]
-    good = [inside, np.float32(inside), np.asarray(inside), jnp.float32(inside)]
+    good = [inside, np.float32(inside), np.asarray(inside)]
+    good += [] if static else [jnp.float32(inside)]
     for end, included, step in (low, interval[0] == "[", -1), (high, interval[-1] == "]", 1):
         if included:
-            good += [end, np.float32(end), np.asarray(end, np.float32)]
+            good += [end, np.float32(end)]
         else:
             beyond.append(end)  # infinity too, where only finite numbers are accepted
         if math.isfinite(end):
             beyond += [end + step, (jnp if step > 0 else np).float32(end + step)]
             good += [int(end)] if included else []
-    argument = Argument(bad + outside(*beyond, says=says), tuple(good), traced=not static)
-    return argument.but(none=none)
+    bad += outside(*beyond, says=says)
+    return Argument(bad, tuple(good), traced=not static, static=static).but(none=none)
 
 
 def schedule(interval: str) -> Argument:
@@ -241,9 +246,9 @@ def table() -> Argument:
     """The coefficients of Newton-Schulz steps."""
     says = ("three finite numbers (a, b, c)",)
     letters, truths = (("1", "2", "3"),), ((True, False, True),)
-    bad = wrong("muon", None, 3.4, letters, truths, (3.4, -4.7, 2.0), ((1j, 1.0, 2.0),), says=says)
+    bad = wrong("muon", None, letters, truths, ((1j, 1.0, 2.0),), says=says)
     ragged = ((3.4, -4.7, 2.0), (1.5, -0.5))
-    bad += outside((), ((1.5, -0.5),), ragged, ((1.0, NAN, 0.0),), says=says)
+    bad += outside((), (3.4, -4.7, 2.0), ((1.5, -0.5),), ragged, ((1.0, NAN, 0.0),), says=says)
     return Argument(bad, (coefficients.MUON, [[1, 2, 3]], np.ones((1, 3)), [np.ones(3)]))
 
 
@@ -487,7 +492,9 @@ CALLS = (
         stack=flag(),
         options=Argument(
             (
-                Bad({"steps": 5}, TypeError, ("newton_schulz", "coefficients, prescale"), "'steps'"),
+                Bad(
+                    {"steps": 5}, TypeError, ("newton_schulz", "coefficients, prescale"), "'steps'"
+                ),
                 Bad({"x": 5}, TypeError, ("newton_schulz", "no option"), "'x'"),
             ),
             ({}, {"eps": 0.1}),
@@ -677,20 +684,18 @@ CALLS = (
         v=matrices(tall=True, real=True),
         columns=integer("[1, 4]", none=True),
     ),
-    call(
-        "householder_vectors", linalg.householder_vectors, q=matrices(tall=True, real=True)
-    ),
+    call("householder_vectors", linalg.householder_vectors, q=matrices(tall=True, real=True)),
     call(
         "householder_projector",
         linalg.householder_projector,
         {"u": TALL, "v": TALL},
-        u=matrices(tall=True, real=True).but(
+        u=Argument(matrices(tall=True, real=True).bad, (TALL,)).but(
             bad=[
                 Bad(struct(*shape), ValueError, (f"got shapes {shape} and (4, 3)",), "u and v")
                 for shape in ((4, 2), (2, 4, 3))
             ]
         ),
-        v=matrices(tall=True, real=True),
+        v=Argument(matrices(tall=True, real=True).bad, (TALL, struct(5, 3))),
     ),
     call(
         "householder_factors",
@@ -969,9 +974,19 @@ def without_values(run: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 def at_update(transformation: Any) -> Callable[[Any], Any]:
-    """Function of a leaf of updates and params."""
+    """Function of a leaf of updates and params; the state knows of no leaf yet."""
     state = transformation.init({})
     return lambda leaf: transformation.update(tree_of(leaf), state, tree_of(leaf))
+
+
+def after_init(transformation: Any) -> Callable[[Any], Any]:
+    """Function of a leaf of updates and params, that the state knows."""
+
+    def run(leaf: Any) -> Any:
+        tree = tree_of(leaf)
+        return transformation.update(tree, transformation.init(tree), tree)
+
+    return run
 
 
 def at_init(transformation: Any) -> Callable[[Any], Any]:
@@ -1012,7 +1027,9 @@ def later() -> list[Row]:
         add(name, LEAF, at_init(TRANSFORMATIONS[name]), *LEAVES)
     for name in OF_PARAMS:
         add(name, "params", with_params(TRANSFORMATIONS[name]), *WITHOUT)
-        add(name, LEAF, at_update_of_params(TRANSFORMATIONS[name]), *INTEGERS)
+        of_params = at_update_of_params(TRANSFORMATIONS[name])
+        whole = Bad(jnp.ones((3, 4), jnp.int32), TypeError, ("dtype int32", "floating"))
+        add(name, LEAF, of_params, whole)
 
     for name, make in OPTIMIZERS.items():
         decayed = make(0.1, weight_decay=0.25)
@@ -1041,12 +1058,13 @@ def later() -> list[Row]:
     for make in measures[1:]:
         add(make.__name__, "params", with_params(make(half_way)), *WITHOUT)
     for make in measures:
-
-        def measured(leaf: Any, make: Any = make) -> Any:
-            tx = optax.monitor({"x": make(half_way)})
-            return tx.update(tree_of(leaf), tx.init(tree_of(leaf)), tree_of(leaf))
-
-        add(make.__name__, LEAF, measured, *INTEGERS, UNDECIDED)
+        add(
+            make.__name__,
+            LEAF,
+            after_init(optax.monitor({"x": make(half_way)})),
+            *INTEGERS,
+            UNDECIDED,
+        )
 
     for name, make in WITH_RANK.items():
 
@@ -1076,7 +1094,7 @@ def later() -> list[Row]:
 
     follow = ("state of inner", "cannot follow a change of subspace")
     for inner in (FACTORED, optax.chain(optax.trace(0.9), FACTORED)):
-        words = ("v_row'", "state of inner", LEAF, "can follow a change of subspace")
+        words = ("v_row", "state of inner", LEAF, "can follow a change of subspace")
         add("low_rank", "inner", inside, Bad(inner, ValueError, words))
     add("low_rank", "inner", inside, Bad(optax.flatten(optax.trace(0.9)), ValueError, follow))
 
@@ -1085,15 +1103,18 @@ def later() -> list[Row]:
     add("orthogonalize", "coefficients", lambda o: orthax.orthogonalize(**o), polar)
     add("orthogonalize", "'eps'", lambda o: orthax.orthogonalize(half_way, **o), none)
 
-    soft, warm = orthax.add_penalty(penalties.soft_orthogonality, 1.0), orthax.add_penalty(MEMORY, 1)
+    soft, warm = (
+        orthax.add_penalty(penalties.soft_orthogonality, 1.0),
+        orthax.add_penalty(MEMORY, 1),
+    )
     by_rule = orthax.PathRules(((".", penalties.soft_orthogonality),))
     way_out = ("mask", "orthax.PathRules")
     two_axes = ("soft_orthogonality: w has shape (2,)", *way_out)
     integers = ("soft_orthogonality: w has dtype int32", *way_out)
     flat, whole = jnp.ones(2), jnp.ones((2, 2), jnp.int32)
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
-        add("add_penalty", LEAF, at_update(tx), Bad(flat, ValueError, two_axes))
-    add("add_penalty", LEAF, at_update(soft), Bad(whole, TypeError, integers))
+        add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
+    add("add_penalty", LEAF, after_init(soft), Bad(whole, TypeError, integers))
     add("add_penalty", LEAF, at_init(warm), Bad(struct(2), ValueError, ("shape (2,)", *way_out)))
     add("add_penalty", "params", with_params(soft), *WITHOUT)
     no_scalars = {
@@ -1174,9 +1195,7 @@ def run_of(call: Call, argument: str) -> Callable[[Any], Any]:
 
     def run(value: Any) -> None:
         given = {**call.good, argument: value}
-        abstract = {
-            name: x for name, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)
-        }
+        abstract = {name: x for name, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
 
         def traced(abstract: dict[str, Any]) -> tuple[()]:
             then(call.function(**{**given, **abstract}))
