@@ -1110,7 +1110,7 @@ def later() -> list[Row]:
     by_rule = orthax.PathRules(((".", penalties.soft_orthogonality),))
     way_out = ("mask", "orthax.PathRules")
     two_axes = ("soft_orthogonality: w has shape (2,)", *way_out)
-    integers = ("soft_orthogonality: w has dtype int32", *way_out)
+    integers = ("int32", *way_out)
     flat, whole = jnp.ones(2), jnp.ones((2, 2), jnp.int32)
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
         add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
