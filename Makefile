@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 BENCHMARKS := $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py))
 
-.PHONY: demo test lint bench compare examples test-oldest test-newest clean
+EXAMPLES := gpt.py gpt_compare.py finetune_low_rank.py compatible_representations.py orthogonal_cnn.py
+
+.PHONY: demo test test-as-users lint bench compare examples smoke test-oldest test-newest clean
 
 demo: $(VENV)/.examples  ## Train a small GPT with AdamW, Muon and NorMuon; writes comparison.png
 	$(BIN)/python examples/gpt_compare.py
@@ -13,15 +15,23 @@ demo: $(VENV)/.examples  ## Train a small GPT with AdamW, Muon and NorMuon; writ
 test: $(VENV)/.test  ## The whole test suite
 	$(BIN)/python -m pytest -n $(JOBS)
 
+test-as-users: $(VENV)/.test  ## The tests of accuracy, compiled as users compile; `test` compiles faster
+	ORTHAX_TESTS_AS_USERS_COMPILE=1 $(BIN)/python -m pytest -n $(JOBS) -m accuracy tests/linalg
+
 lint: $(VENV)/.test  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Runs every line of its input as the arguments of Python, $(JOBS) at a time.
+IN_PARALLEL = xargs -P $(JOBS) -I{} sh -c '$(BIN)/python {} || { echo "failed: {}"; exit 255; }'
+
 examples: $(VENV)/.examples  ## Every example and benchmark with tiny settings
-	for script in examples/gpt.py examples/gpt_compare.py examples/finetune_low_rank.py examples/compatible_representations.py examples/orthogonal_cnn.py; do $(BIN)/python $$script --smoke || exit 1; done
-	$(BIN)/python examples/gpt_compare.py --full --smoke
-	for script in $(BENCHMARKS); do $(BIN)/python $$script --smoke || exit 1; done
+	printf '%s --smoke\n' $(EXAMPLES:%=examples/%) 'examples/gpt_compare.py --full' $(BENCHMARKS) \
+		| $(IN_PARALLEL)
+
+smoke: $(VENV)/.examples  ## Those of them that no test runs
+	printf '%s --smoke\n' examples/gpt.py $(BENCHMARKS) | $(IN_PARALLEL)
 
 bench: $(VENV)/.examples  ## Every benchmark; tables on screen, data and pictures in benchmarks/results
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
@@ -33,9 +43,12 @@ compare: $(VENV)/.examples  ## Learning-rate sweeps and three seeds per optimize
 	$(FULL) --name exactness --optimizers adamw muon_three_steps muon_polynomial muon_rational muon_exact
 	$(FULL) --name outliers --outliers 0.001 --optimizers adamw muon root
 
-# The oldest versions that pyproject.toml admits, pinned; and the newest on another Python.
+# The oldest versions that pyproject.toml admits, pinned, of which PART=8 runs about one test in eight
+# (tests/part.py); and the newest on another Python.
+PART ?= 1
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore=tests/examples --ignore=tests/notebooks
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --part=$(PART) -p no:cacheprovider \
+		--ignore=tests/examples --ignore=tests/notebooks
 
 .venv-oldest/.ready: pyproject.toml oldest-requirements.txt
 	$(PYTHON) -m venv .venv-oldest

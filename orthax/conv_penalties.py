@@ -1,7 +1,7 @@
 r"""Orthogonality of convolutions: the penalty L_orth of a kernel, and when it can be zero at all.
 
-A convolution is orthogonal if its operator on images has orthonormal rows or columns; that of its
-reshaped kernel alone says little. `orthax.linalg.convolution_singular_values` shows the operator.
+A convolution is orthogonal if its matrix, from images to outputs, has orthonormal rows or columns.
+The kernel as a matrix says little about that; `orthax.linalg.convolution_singular_values` does.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from jax import lax
 from orthax.base import check
 from orthax.linalg.convolution import (
     Geometry,
+    Padding,
     check_circle,
     geometry_of,
     make_geometry,
@@ -39,21 +40,26 @@ def convolution_orthogonality(
     transposed: bool = False,
     self_padding: int | None = None,
 ) -> jax.Array:
-    r"""L_orth of a convolution kernel: how far the layer is from orthogonal, at any input size.
+    r"""Penalty L_orth on a convolution kernel: how far the layer is from orthogonal.
 
-    With K the operator on circularly padded images, :math:`L = \sum_d \|\sum_p K_{p+d}^T K_p -
-    \delta_{d0} I\|_F^2` over offsets d that are multiples of the stride: the convolution of the
-    kernel with itself, less the identity. Let N be the output size, N S >= 2 k - 1 with k the
-    extent of the (dilated) kernel. Where there are no more outputs than inputs per window step, M
-    <= C S^2 (row case), :math:`\|K K^T - I\|_F^2 = N^2 L`. With more (column case), :math:`\|K^T K
-    - I\|_F^2 = N^2 (L - (M - C S^2))`; that constant is taken off. With e^2 = a L, a = M (2
-    floor((k - 1) / S) + 1)^2 in the row case and C (2 k - 1)^2 in the column case, all singular
-    values lie in :math:`[\sqrt{1 - e}, \sqrt{1 + e}]` at any input size. (For one spatial axis,
-    read the squares of N, S and the bracketed numbers as first powers.)
+    Take a layer with C channels in and M out, stride S and k by k taps (the extent, if dilated) on
+    circularly padded images, with N by N outputs per channel. Let A be its matrix, from all inputs
+    to all outputs. At any input size, from N S >= 2 k - 1 on:
 
-    Computed as one matrix product per offset, half of the offsets by symmetry: on CPU, from 64
-    channels on, 1.4 to 3 times as fast as the self-convolution, and its gradient 6 to 70 times
-    (benchmarks/penalties.py).
+    - row case, M <= C S^2, no more outputs than inputs: the penalty is
+      :math:`\|A A^T - I\|_F^2 / N^2`, zero iff the rows of A are orthonormal;
+    - column case, M > C S^2: it is :math:`\|A^T A - I\|_F^2 / N^2`, zero iff the columns are.
+
+    From the kernel alone, :math:`L = \sum_d \|\sum_p K_{p+d}^T K_p - \delta_{d0} I\|_F^2` with
+    :math:`K_p` the C by M matrix of tap p and d the multiples of S: the overlap of the kernel with
+    itself moved by d. In the column case, where rows are too many to be orthonormal, the least L is
+    M - C S^2, and that is taken off. A penalty of P confines all singular values of A to
+    :math:`[\sqrt{1 - e}, \sqrt{1 + e}]`, :math:`e^2 = a P`, with a = M (2 floor((k - 1) / S) + 1)^2
+    in the row case and C (2 k - 1)^2 in the column case. (With one spatial axis, read all these
+    squares of sizes as first powers.)
+
+    One matrix product per offset: on CPU, from 64 channels on, 1.4 to 3 times as fast as the
+    convolution of the kernel with itself, and its gradient 6 to 70 times (benchmarks/penalties.py).
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -63,8 +69,8 @@ def convolution_orthogonality(
       transposed: Whether the layer is `flax.nnx.ConvTranspose`, whose kernel has inputs and outputs
         the other way round. (With its `transpose_kernel=True` it has not: leave this False.)
       self_padding: None for the above. A number pads the kernel with as many zeros on every side
-        in the convolution with itself, and takes no constant off: K // 2 is what the code of Wang
-        et al. does, which leaves out the larger offsets and so is zero for layers that are not
+        when it is convolved with itself, and no constant is taken off: k // 2 is what the code of
+        Wang et al. does. Larger offsets are left out, so it is zero for some layers that are not
         orthogonal.
 
     Returns:
@@ -95,6 +101,8 @@ def convolution_orthogonality(
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     if self_padding is not None:
         check.integer(f"{call}: self_padding", self_padding, "[0, inf)")
+    # A A^T consists of one M by M block for every pair of output positions, which depends on their
+    # distance only: each column of blocks is the sum below, and there are N^2 of them.
     kernel = wide(jnp.asarray(kernel))
     shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)
     kernel = kernel.reshape(shape)
@@ -107,6 +115,8 @@ def convolution_orthogonality(
         total += weight * jnp.sum(abs_square(product))
     if self_padding is not None:
         return total
+    # Of M rows per output position C S^2 at most are independent. The others leave that many
+    # eigenvalues 0 in A A^T: |A A^T - I|_F^2 = |A^T A - I|_F^2 + N^2 (M - C S^2).
     rank = geometry.inputs * math.prod(geometry.strides)
     return total - geometry.groups * max(0, geometry.outputs - rank)
 
@@ -117,7 +127,7 @@ def orthogonal_convolution_exists(
     in_channels: int,
     out_channels: int,
     *,
-    padding: Any = "CIRCULAR",
+    padding: Padding = "CIRCULAR",
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     input_size: int | tuple[int, ...] | None = None,
@@ -187,8 +197,14 @@ def orthogonal_convolution_exists(
             low, high = pads[axis]
             if lengths[axis] is not None:
                 high -= (lengths[axis] + low + high - last - 1) % s
+            # The first window loses the taps over the `low` zeros before the image, the last one
+            # those over the `high` zeros after it.
             rows = range(low, last - max(high, 0) + 1)
+            # Windows start at every s-th entry of the padded image, from its first. So the first s
+            # pixels are met by taps up to low + s - 1 only, and the last s likewise.
             columns = range(max(0, last - high - s + 1), min(last, low + s - 1) + 1)
+        # Taps with distinct remainders fall on distinct classes of pixels: kernels with one tap for
+        # each have no overlaps with themselves moved by the stride.
         taps = range(0, k * d, d)
         by_rows.append(len({tap % s for tap in taps if tap in rows}))
         by_columns.append(len({tap % s for tap in taps if tap in columns}))
@@ -216,9 +232,11 @@ def _offsets(
     if self_padding is None:
         ranges = []
         for k, s, d in zip(geometry.kernel_size, geometry.strides, geometry.dilation, strict=True):
+            # Taps lie d apart, and offsets are multiples of s and d: in taps, of s / gcd(s, d).
             step = s // math.gcd(s, d)
             reach = (k - 1) // step * step
             ranges.append(range(-reach, reach + 1, step))
+        # Weight 2: the product for -d is the adjoint of that for d and has the same norm.
         zero = (0,) * len(ranges)
         return [
             (offset, offset == zero, 1 if offset == zero else 2)
@@ -227,6 +245,8 @@ def _offsets(
         ]
     ranges = [range(-self_padding, self_padding + 1, s) for s in geometry.strides]
     centre = tuple(r[len(r) // 2] for r in ranges)
+    # Where the filter stands between dilated taps the product is zero, but at the centre the
+    # identity is taken off all the same: so these positions are listed too.
     found = []
     for position in itertools.product(*ranges):
         divided = [divmod(p, d) for p, d in zip(position, geometry.dilation, strict=True)]
@@ -245,6 +265,7 @@ def _correlation(kernel: jax.Array, offset: tuple[int, ...] | None) -> jax.Array
     size = kernel.shape[:-3]
     if offset is None or any(abs(o) >= k for o, k in zip(offset, size, strict=True)):
         return jnp.zeros((groups, outputs, outputs), kernel.dtype)
+    # Along each axis, the parts of the kernel and of its moved copy that overlap.
     pairs = list(zip(offset, size, strict=True))
     moved = kernel[tuple(slice(max(o, 0), k + min(o, 0)) for o, k in pairs)]
     fixed = kernel[tuple(slice(max(-o, 0), k + min(-o, 0)) for o, k in pairs)]

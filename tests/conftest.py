@@ -1,9 +1,23 @@
 """Settings for all tests."""
 
+import os
+import sys
 import warnings
 
-import jax
+import compilation
 import pytest
+from part import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
+
+if "jax" in sys.modules:
+    raise RuntimeError("JAX was imported before tests/conftest.py said how it is to compile")
+compilation.compile_faster(os.environ)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -13,14 +27,3 @@ def warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """A test marked `compile_faster` compiles with most optimisations off, its fixtures too."""
-    faster = item.get_closest_marker("compile_faster") is not None
-    jax.config.update("jax_disable_most_optimizations", faster)
-    try:
-        return (yield)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)

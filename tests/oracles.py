@@ -260,7 +260,7 @@ def zolotarev(x, degree, lower, first=None):
     return on_singular_values(x, lambda s: zolotarev_map(s / schatten4(s), degree, lower, first))
 
 
-# --- Shape factors of METHODS 1.3, for a kernel (fan_in, fan_out)
+# --- Shape factors of Muon (Jordan 2024, Moonlight 2502.16982), for a kernel (fan_in, fan_out)
 
 
 def width_factor(fan_in, fan_out):

@@ -12,21 +12,15 @@ import pytest
 import scipy.optimize
 import tolerances
 from flax import nnx
+from helpers import says
 
 from orthax.conv_penalties import convolution_orthogonality, orthogonal_convolution_exists
 from orthax.penalties import soft_orthogonality
-
-pytestmark = pytest.mark.compile_faster
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
 
 OPTIONS = ("strides", "dilation", "groups", "transposed", "self_padding")
 penalty = jax.jit(convolution_orthogonality, static_argnames=OPTIONS)
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 def normal(shape, dtype=np.float64, seed=0):
@@ -47,7 +41,7 @@ def squared_distance(x):
     return (np.abs(x - np.eye(len(x))) ** 2).sum()
 
 
-# --- METHODS 7.1: the convolution of the kernel with itself, entry by entry
+# --- Wang et al. (1911.12207): the convolution of the kernel with itself, entry by entry
 
 
 def self_convolution(kernel, paddings, strides):
@@ -212,7 +206,7 @@ def test_the_value_is_the_convolution_of_the_kernel_with_itself_less_the_identit
 
 @every_kernel
 def test_the_value_times_the_outputs_is_the_distance_of_the_layer_from_orthogonal(layer, dtype):
-    """METHODS 15.1, row 15: of its rows, or its columns where these are fewer."""
+    """Achour et al. (2108.05623): of its rows, or its columns where these are fewer."""
     kernel, value = measured()[layer, dtype]
     _, options, count = LAYERS[layer]
     matrix = circular(kernel, count, **{"strides": 1} | options)
@@ -466,7 +460,7 @@ def test_zero_weights_are_as_far_away_as_the_rank_of_the_identity_and_at_rest():
 
 
 def naive(kernel, strides):
-    """METHODS 7.1 in JAX: `lax.conv_general_dilated` of the kernel with itself."""
+    """The same in JAX: `lax.conv_general_dilated` of the kernel with itself."""
     axes = kernel.ndim - 2
     strides = per_axis(strides, axes)
     k = jnp.moveaxis(kernel, (-1, -2), (0, 1))
@@ -571,7 +565,7 @@ def test_a_nan_is_not_hidden():
     assert jnp.isnan(penalty(kernel))
 
 
-# --- what a small value says about the layer: METHODS 7.2
+# --- what a small value says about the layer: Achour et al. (2108.05623), stability
 
 
 BOUNDED = {
@@ -826,7 +820,7 @@ def test_where_the_answer_is_yes_descent_mostly_finds_one():
 
 
 def test_with_circular_padding_it_is_the_published_condition():
-    """METHODS 7.2: M <= C k^2 in the row case, S <= k in the column case."""
+    """Achour et al. (2108.05623): M <= C k^2 in the row case, S <= k in the column case."""
     for k, s, inputs, outputs in itertools.product(
         range(1, 5), range(1, 5), (1, 2, 3), range(1, 50)
     ):
@@ -838,7 +832,7 @@ def test_with_circular_padding_it_is_the_published_condition():
 
 
 def test_without_padding_columns_need_a_kernel_as_long_as_the_stride():
-    """METHODS 7.2: no column case for k > 1 at stride 1."""
+    """Achour et al. (2108.05623), padding "valid": no column case for k > 1 at stride 1."""
     for k, s in itertools.product(range(1, 5), range(1, 5)):
         for size in (k, (k, k)):
             axes = 1 if size == k else 2
@@ -849,7 +843,7 @@ def test_without_padding_columns_need_a_kernel_as_long_as_the_stride():
 
 
 def test_with_padding_to_the_same_size_and_no_stride_only_one_tap_is_left():
-    """METHODS 7.2: the centre; so no more outputs than inputs, and the answer is of no use."""
+    """The centre; so no more outputs than inputs, and the answer is of no use (2108.05623)."""
     for k in range(1, 6):
         for size in (k, (k, k)):
             for inputs, outputs in [(2, 1), (2, 2), (2, 3)]:

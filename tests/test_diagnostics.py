@@ -8,6 +8,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from helpers import normal, says
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -26,23 +27,8 @@ from orthax.diagnostics import (
 )
 from orthax.penalties import WithMemory
 
-pytestmark = pytest.mark.compile_faster
-
 SHAPES = [(7, 4), (5, 5), (1, 6), (6, 1), (2, 3, 4, 6)]
 SCALES = [1e-20, 1e-5, 1.0, 1e5, 1e18]
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = (x + 1j * rng.standard_normal(shape)) / 2**0.5
-    return x.astype(dtype)
 
 
 # --- the formulas, for one matrix in float64
@@ -273,8 +259,8 @@ def test_the_spread_is_of_columns_and_zero_where_they_are_orthonormal():
     assert values[4] == 0
 
 
-def test_the_spread_after_an_exact_polar_factor_is_the_published_one():
-    """METHODS 2.4, whose neurons are rows: 0.077 for a Gaussian gradient."""
+def test_the_spread_after_an_exact_polar_factor_of_a_gaussian_is_0_077():
+    """Measured independently."""
     q = oracles.polar(normal((64, 256))).astype(np.float32)
     np.testing.assert_allclose(jax.jit(neuron_norm_spread)(q), 0.077, rtol=0.1)
     np.testing.assert_allclose(jax.jit(neuron_norm_spread)(oracles.mT(q)), 0.0, atol=1e-5)

@@ -5,13 +5,13 @@ Errors about axes and trees of dimension numbers are in test_matrices.py.
 
 import functools
 import inspect
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import says
 
 import orthax
 from orthax.linalg import gram_newton_schulz, newton_schulz, polar, polar_svd, zolotarev
@@ -49,11 +49,6 @@ WITH_MOMENTUM = [
 ]
 every_optimizer_with_momentum = pytest.mark.parametrize("name", WITH_MOMENTUM)
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 # --- orthogonalize and its methods

@@ -15,6 +15,7 @@ import tolerances
 from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
+from helpers import normal
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -22,10 +23,6 @@ from orthax.linalg import polar_svd
 
 POLAR = orthax.orthogonalize(polar_svd)
 PACKED = 1e-6  # packed against separate, the promise of the library
-
-
-def normal(shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -241,7 +238,7 @@ def test_the_view_of_matrices_in_the_last_axes_changes_nothing(shape):
 
 
 def test_updates_and_params_are_opened_at_init_and_at_update():
-    params, grads = {"w": normal((4, 2, 3), 1)}, {"w": normal((4, 2, 3), 2)}
+    params, grads = {"w": normal((4, 2, 3), seed=1)}, {"w": normal((4, 2, 3), seed=2)}
     at_init, updates, params_inside = as_seen_inside(
         grads, MuonDimensionNumbers(0, (1, 2)), params=params
     )

@@ -1,6 +1,6 @@
 """Numbers to watch in training: functions of matrices to one number for each."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ _NORMS = ("frobenius", "spectral")
 def orthogonality_error(
     w: jax.Array, norm: Literal["frobenius", "spectral"] = "frobenius"
 ) -> jax.Array:
-    r"""Norm of the Gram matrix's distance from the identity, :math:`\|W^T W - I\|`.
+    r"""How far matrices are from orthogonal, :math:`\|W^T W - I\|`.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -45,6 +45,7 @@ def orthogonality_error(
     call = "orthogonality_error"
     check_matrices(call, w, "w")
     check.choice(f"{call}: norm", norm, _NORMS)
+    # Eigenvalues and not singular values: the deviation is Hermitian, so they cost less.
     deviation = gram_deviation(w)
     if norm == "frobenius":
         return norm_with_gradient(deviation)
@@ -74,9 +75,10 @@ def singular_values(w: jax.Array) -> jax.Array:
 
 
 def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
-    r"""Squared Frobenius over squared spectral norm, :math:`\|W\|_F^2 / \|W\|_2^2`.
+    r"""How many directions a matrix uses: squared Frobenius over squared spectral norm.
 
-    A lower bound on the rank that small singular values do not change.
+    :math:`\|W\|_F^2 / \|W\|_2^2` is a lower bound on the rank that small singular values do not
+    change.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -102,6 +104,7 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
     """
     check_matrices("stable_rank", w, "w")
     check.integer("stable_rank: steps", steps)
+    # The ratio of norms is squared, not the norms: these may be out of the range of squares.
     scaled, _ = unit_max(w)
     spectral = spectral_norm(scaled, steps=steps).norm
     ratio = frobenius_norm(scaled)[..., 0, 0] / jnp.where(spectral == 0, 1, spectral)
@@ -109,9 +112,10 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
 
 
 def effective_rank(w: jax.Array) -> jax.Array:
-    r"""Exponential of the entropy of the singular values, :math:`\exp(-\sum_i p_i \log p_i)`.
+    r"""How evenly a matrix uses its directions: exponential of its singular values' entropy.
 
-    With :math:`p_i = s_i / \sum_j s_j`: k for k equal singular values, near k where k stand out.
+    :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = s_i / \sum_j s_j`: k for k equal singular
+    values, near k where k stand out.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -134,13 +138,15 @@ def effective_rank(w: jax.Array) -> jax.Array:
     check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
     total = jnp.sum(s, axis=-1, keepdims=True)
+    # A zero matrix has no shares to sum: it counts as rank 0, not as exp(0) = 1. xlogy takes
+    # 0 log 0 for 0, which is its limit.
     p = s / jnp.where(total == 0, 1, total)
     entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
 
 
 def neuron_norm_spread(w: jax.Array) -> jax.Array:
-    """Standard deviation over mean of the lengths of the columns, one per neuron.
+    """How unequal the neurons are: standard deviation over mean of the lengths of the columns.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -158,6 +164,7 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       0.6667
     """
     check_matrices("neuron_norm_spread", w, "w")
+    # Every column, which is one neuron, as a matrix of its own.
     lengths = frobenius_norm(unit_max(w)[0].mT[..., None])[..., 0, 0]
     mean = jnp.mean(lengths, axis=-1)
     return jnp.std(lengths, axis=-1) / jnp.where(mean == 0, 1, mean)
@@ -188,13 +195,14 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
         raise ValueError(
             f"{call}: update and weight must have one shape, got {update.shape} and {weight.shape}."
         )
+    # Of norms that are zero the limits: no update is 0 of anything, an update of nothing infinite.
     ours, theirs = frobenius_norm(update)[..., 0, 0], frobenius_norm(weight)[..., 0, 0]
     ratio = ours / jnp.where(theirs == 0, 1, theirs)
     return jnp.where(theirs == 0, jnp.where(ours == 0, 0, jnp.inf), ratio)
 
 
 def warm_spectral_norm(steps: int = 1) -> WithMemory:
-    """Largest singular value by power iteration that goes on from call to call.
+    """Largest singular value, watched at low cost: power iteration goes on from call to call.
 
     Args:
       steps: Steps at each call, at least 1; see `orthax.linalg.spectral_norm`.
@@ -220,8 +228,9 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
     call = "warm_spectral_norm"
     check.integer(f"{call}: steps", steps)
 
-    def init(w: Any) -> jax.Array:
+    def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")
+        # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         dtype = wide_dtype(w.dtype)
         return start_vector(call, None, jnp.zeros((*w.shape[:-2], 0, 0), dtype), w.shape[-1])
 

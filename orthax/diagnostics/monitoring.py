@@ -1,7 +1,7 @@
 """Measures of matrices as `optax.snapshot` and `optax.monitor` take them, by the leaves' paths."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
@@ -13,11 +13,14 @@ from orthax.matrices.partition import resolve
 from orthax.matrices.path_rules import PathRules
 from orthax.matrices.view import PackedView, open_view
 
+Measures: TypeAlias = dict[str, Any]  # by path; of a packed leaf, a tuple
+
 
 def of_updates(
-    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
-) -> Any:
-    """A measure of the updates where it stands in a chain, for `optax.snapshot` and `monitor`.
+    measure: Callable[[jax.Array], jax.typing.ArrayLike] | WithMemory | PathRules,
+    dimension_numbers: Any = None,
+) -> Callable[[optax.Updates], Measures] | optax.GradientTransformationExtraArgs:
+    """Measures the updates where it stands in a chain, for `optax.snapshot` and `optax.monitor`.
 
     Args:
       measure: Function of matrices (..., m, n); or a `WithMemory` (for `optax.monitor` only); or
@@ -53,9 +56,10 @@ def of_updates(
 
 
 def of_params(
-    measure: Callable[[jax.Array], Any] | WithMemory | PathRules, dimension_numbers: Any = None
+    measure: Callable[[jax.Array], jax.typing.ArrayLike] | WithMemory | PathRules,
+    dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A measure of the params before the update, for `optax.monitor`.
+    """Measures the params before the update, for `optax.monitor`.
 
     Args:
       measure: As in `of_updates`.
@@ -84,9 +88,10 @@ def of_params(
 
 
 def of_both(
-    measure: Callable[[jax.Array, jax.Array], Any] | PathRules, dimension_numbers: Any = None
+    measure: Callable[[jax.Array, jax.Array], jax.typing.ArrayLike] | PathRules,
+    dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A measure of updates and params, for `optax.monitor`.
+    """Measures updates and params together, for `optax.monitor`.
 
     Args:
       measure: Function of the update and the params before it, both (..., m, n), such as
@@ -131,20 +136,22 @@ def _monitored(
     """A transformation whose updates are the measures of the chosen ones of (updates, params)."""
     remembers = isinstance(measure, WithMemory)
 
-    def init(params: Any) -> Any:
+    # For `optax.monitor` the updates that come out are the measures; it passes the chain's own on.
+    def init(params: optax.Params) -> Measures:
         if not remembers:
             return {}
         return dict(_measured(call, measure.init, (params,), dimension_numbers))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[dict[str, Any], Any]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[Measures, Measures]:
         del extra
         trees = (updates, params)[arguments]
         for tree in trees:
             check_params(call, tree)
         if not remembers:
             return dict(_measured(call, measure, trees, dimension_numbers)), state
+        # Pairs of value and next memory, each to its own dict.
         both = dict(_measured(call, measure.apply, trees, dimension_numbers, state))
         return {path: b[0] for path, b in both.items()}, {path: b[1] for path, b in both.items()}
 
@@ -152,13 +159,18 @@ def _monitored(
 
 
 def _measured(
-    call: str, fun: Any, trees: tuple[Any, ...], dimension_numbers: Any, *memories: Any
+    call: str,
+    fun: Callable[..., Any] | PathRules,
+    trees: tuple[optax.Params | None, ...],
+    dimension_numbers: Any,
+    *memories: Measures,
 ) -> Iterator[tuple[str, Any]]:
     """Path and result of `fun` for each matrix leaf of the first tree, opened in all trees.
 
     Rules choose a function for each leaf and it sees the leaf as it is.
     Of a packed leaf, a tuple of results or, where there are memories, one of each of their parts.
     """
+    # The first tree decides which leaves are matrices; the others are taken apart as it is.
     structure = jax.tree.structure(trees[0])
     others = [structure.flatten_up_to(tree) for tree in trees]
     if isinstance(fun, PathRules):
@@ -174,6 +186,7 @@ def _measured(
         if leaf.view is None:
             continue
         matrices = [open_view(leaf.view, value) for value in values]
+        # A packed leaf opens to several matrices: each is measured, and remembered, by itself.
         kept = [memory[leaf.path] for memory in memories]
         if not isinstance(leaf.view, PackedView):
             yield leaf.path, fun(*matrices, *kept)

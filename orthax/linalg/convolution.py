@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from orthax.linalg.elementary import wide
 
 PADDINGS = ("CIRCULAR", "SAME", "VALID", "CAUSAL")
 _SPATIAL = {3: "W", 4: "HW"}
+PerAxis: TypeAlias = int | Iterable[int]
+Padding: TypeAlias = str | int | Sequence[int | Sequence[int]]
 
 
 class Geometry(NamedTuple):
@@ -35,7 +37,9 @@ class Geometry(NamedTuple):
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
 
 
-def geometry_of(call: str, kernel: Any, strides: Any, dilation: Any, groups: Any) -> Geometry:
+def geometry_of(
+    call: str, kernel: jax.Array, strides: PerAxis, dilation: PerAxis, groups: int
+) -> Geometry:
     """Geometry of a layer with a kernel (*spatial, inputs / groups, outputs), or raises."""
     check_array(call, kernel, "kernel")
     if kernel.ndim not in _SPATIAL:
@@ -49,7 +53,13 @@ def geometry_of(call: str, kernel: Any, strides: Any, dilation: Any, groups: Any
 
 
 def make_geometry(
-    call: str, size: Any, strides: Any, dilation: Any, groups: Any, inputs: Any, outputs: Any
+    call: str,
+    size: PerAxis,
+    strides: PerAxis,
+    dilation: PerAxis,
+    groups: int,
+    inputs: int,
+    outputs: int,
 ) -> Geometry:
     """Geometry of a layer with the given channels, or raises."""
     size = tuple(size) if isinstance(size, Iterable) else (size,)
@@ -73,7 +83,7 @@ def make_geometry(
     )
 
 
-def per_axis(call: str, argument: str, x: Any, axes: int) -> tuple[int, ...]:
+def per_axis(call: str, argument: str, x: PerAxis, axes: int) -> tuple[int, ...]:
     """One integer of at least 1 for each spatial axis, or raises."""
     entries = tuple(x) if isinstance(x, Iterable) else (x,) * axes
     if len(entries) != axes:
@@ -85,7 +95,7 @@ def per_axis(call: str, argument: str, x: Any, axes: int) -> tuple[int, ...]:
 
 
 def pads_of(
-    call: str, padding: Any, geometry: Geometry, input_size: tuple[int, ...] | None
+    call: str, padding: Padding, geometry: Geometry, input_size: tuple[int, ...] | None
 ) -> list[tuple[int, int]] | None:
     """Zeros before and after each spatial axis; None for circular padding.
 
@@ -105,6 +115,7 @@ def pads_of(
             return [(0, 0)] * axes
         if padding == "CAUSAL":
             return [(geometry.extent[0] - 1, 0)]
+        # Any multiple of the stride is padded alike; this one has room for a window.
         sizes = input_size or np.multiply(geometry.strides, geometry.extent).tolist()
         return lax.padtype_to_pads(sizes, geometry.extent, geometry.strides, "SAME")
     entries = [padding] * axes if isinstance(padding, (int, np.integer)) else padding
@@ -133,7 +144,7 @@ def convolution_matrix(
     input_size: int | tuple[int, ...],
     strides: int | tuple[int, ...] = 1,
     *,
-    padding: Any = "CIRCULAR",
+    padding: Padding = "CIRCULAR",
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> jax.Array:
@@ -177,7 +188,7 @@ def convolution_singular_values(
     input_size: int | tuple[int, ...],
     strides: int | tuple[int, ...] = 1,
     *,
-    padding: Any = "CIRCULAR",
+    padding: Padding = "CIRCULAR",
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> jax.Array:
@@ -232,12 +243,17 @@ def _matrices_by_frequency(
 ) -> jax.Array:
     """Shape (groups, *frequencies, outputs, inputs * strides); unitarily equal to the operator."""
     axes = tuple(range(len(size)))
+    # The layer multiplies frequency f of an image by the block sum_t kernel[t] exp(2 pi i f t / n),
+    # outputs by inputs: the inverse Fourier transform of the kernel on a circle of the size of the
+    # image, but for its factor. Taps that go round the circle add up.
     taps = itertools.product(*(range(k) for k in geometry.kernel_size))
     placed = jnp.zeros((*size, *kernel.shape[-2:]), kernel.dtype)
     for tap in taps:
         where = tuple(t * d % n for t, d, n in zip(tap, geometry.dilation, size, strict=True))
         placed = placed.at[where].add(kernel[tap])
     spectrum = jnp.fft.ifftn(placed, axes=axes) * math.prod(size)
+    # A stride of s keeps every s-th output, to which the s frequencies g + a n / s look the same.
+    # So their blocks stand side by side in one, and each has lost a factor of sqrt(s).
     folded = [part for n, s in zip(size, geometry.strides, strict=True) for part in (s, n // s)]
     spectrum = spectrum.reshape(*folded, geometry.inputs, geometry.groups, geometry.outputs)
     aliases, frequencies = [2 * a for a in axes], [2 * a + 1 for a in axes]
@@ -248,13 +264,16 @@ def _matrices_by_frequency(
 
 
 def _matrix(
-    call: str, kernel: jax.Array, size: tuple[int, ...], geometry: Geometry, padding: Any
+    call: str, kernel: jax.Array, size: tuple[int, ...], geometry: Geometry, padding: Padding
 ) -> jax.Array:
+    # The layer applied to every unit image: as a batch, one image per column of the matrix.
     inputs = geometry.groups * geometry.inputs
     count = math.prod(size) * inputs
     images = jnp.eye(count, dtype=kernel.dtype).reshape(count, *size, inputs)
     pads = pads_of(call, padding, geometry, size)
-    if pads is None:
+    if (
+        pads is None
+    ):  # as Flax pads with "CIRCULAR": the window is centred, the odd entry at the end
         before_after = [((e - 1) // 2, e // 2) for e in geometry.extent]
         images = jnp.pad(images, [(0, 0), *before_after, (0, 0)], mode="wrap")
         pads = [(0, 0)] * len(size)

@@ -1,10 +1,12 @@
 """Norms and Gram matrices at any scale: the functions of a matrix that all others are made of."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
@@ -17,7 +19,7 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of `wide` arrays."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -110,7 +112,9 @@ def _largest(x: jax.Array, eps: float) -> jax.Array:
 
 def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Quotient of an array and sizes of any magnitude, zero where the size is zero."""
-    # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126.
+    # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126: so both
+    # are divided by four. An infinite divisor makes zero of a zero scale, without 0 / 0 in the
+    # gradient.
     less = 1 - 0.75 * (scale > 1)
     divisor = lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
     return (x * less) / divisor
@@ -126,6 +130,7 @@ def norm_with_gradient(x: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix, shape (...,), whose gradient at zero is zero and not NaN."""
     scaled, scale = constant_unit_max(x)
     squares = jnp.sum(abs_square(scaled), axis=(-2, -1))
+    # At zero the root has no slope: its argument is replaced before, as NaN passes a `where` after.
     return scale[..., 0, 0] * jnp.sqrt(jnp.where(squares == 0, 1, squares))
 
 
@@ -164,6 +169,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
 
 def largest_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"]) -> jax.Array:
     """`top_columns` of checked arguments."""
+    # The order is that of the matrix at any scale; squares of its entries might vanish.
     scaled, _ = unit_max(x)
     sizes = jnp.abs(scaled)
     norms = jnp.sum(sizes if order == "l1" else sizes**2, axis=-2)
@@ -174,7 +180,7 @@ def largest_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"]) -> jax.
 # --- Gram matrices
 
 
-def symmetric_product(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
+def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
     """Product `a @ b` that is known to be Hermitian, such as a Gram matrix or a polynomial of one.
 
     All such products of `linalg` go through here: the place for a kernel that computes one half.
@@ -192,7 +198,7 @@ def symmetric_product(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.
     return jnp.matmul(a, b, precision=precision)
 
 
-def gram(x: jax.Array, precision: Any = None) -> jax.Array:
+def gram(x: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
     """Gram matrix of the rows, x x^H, shape (..., m, m)."""
     return symmetric_product(x, x.mT.conj(), precision)
 
@@ -231,7 +237,7 @@ def gram_less_identity(y: jax.Array) -> jax.Array:
 
 
 @gram_less_identity.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     # t y^H + y t^H as one product: what autodiff would make two, forwards and backwards.
     (y,), (t,) = primals, tangents
     half = jnp.matmul(t, y.mT.conj(), precision=lax.Precision.HIGHEST)

@@ -50,9 +50,13 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
     _check_tall(call, "v", v)
     n = v.shape[-2]
     columns = n if columns is None else check.integer(f"{call}: columns", columns, f"[1, {n}]")
+    # I - Y T^-1 Y^T with T = triu(Y^T Y, 1) + diag(|y_i|^2) / 2, the UT form of Joffrain et al. For
+    # unit columns the diagonal is 1/2. A zero column is one of T without neighbours: the half keeps
+    # T invertible, and Y removes what the solve gives for it.
     y = _unit_columns(v)
     products = jnp.matmul(y.mT, y, precision=lax.Precision.HIGHEST)
     half = jnp.broadcast_to(jnp.eye(v.shape[-1], dtype=y.dtype) / 2, products.shape)
+    # T^-1 Y^T, of the wanted columns only: the solve is the one part that is not a product.
     solved = lax.linalg.triangular_solve(
         jnp.triu(products, 1) + half, y[..., :columns, :].mT, left_side=True, lower=False
     )
@@ -94,6 +98,9 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         return q
     a, _ = unit_max(q)
 
+    # Householder's QR factorisation. Step j reflects column j onto the positive axis j. With the
+    # sign that LAPACK takes, against cancellation, R would get negative entries and the product of
+    # reflections columns of the wrong sign.
     def reflect(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, vectors = carry
         column = lax.dynamic_index_in_dim(a, j, axis=-1)
@@ -102,7 +109,9 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         head = lax.dynamic_index_in_dim(column, j, axis=-2)
         tail = frobenius_norm(below)
         length = jnp.hypot(head, tail)
-        # head - length without cancellation.
+        # head - length without cancellation: -tail^2 / (head + length) where head is positive
+        # (algorithm 5.1.1). A column on its positive axis gives zero and is not reflected; without
+        # that, every product of k reflections would have the determinant (-1)^k.
         divisor = jnp.where(head > 0, head + length, 1)
         first = jnp.where(head > 0, -tail * (tail / divisor), head - length)
         v = _unit_columns(jnp.where(row == j, first, below))
@@ -152,6 +161,7 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
         )
     if u.shape[-1] == 0:
         return jnp.zeros((*u.shape[:-1], v.shape[-2]), u.dtype)
+    # S selects the first k columns of both products, so no others are computed.
     left, right = (householder_product(x, x.shape[-1]) for x in (u, v))
     return jnp.matmul(left, right.mT, precision=lax.Precision.HIGHEST)
 
@@ -185,6 +195,7 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
     rank = short if rank is None else check.integer(f"{call}: rank", rank, f"[1, {short}]")
     scaled, _ = unit_max(w)
     u, _, vh = jnp.linalg.svd(scaled, full_matrices=False)
+    # householder_product(left, k) and (right, k) are the singular vectors, signs included.
     parts = u[..., :rank], vh[..., :rank, :].mT
     left, right = (householder_vectors(part).astype(w.dtype) for part in parts)
     return left, right

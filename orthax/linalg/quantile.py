@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from orthax.linalg.elementary import wide
 
 
-def quantile_of_magnitude(x: jax.Array, quantile: Any) -> jax.Array:
+def quantile_of_magnitude(x: jax.Array, quantile: ArrayLike) -> jax.Array:
     """Quantile of |x| over each matrix, as `jnp.quantile(abs(x), quantile, method="linear")`.
 
     Bit patterns of non-negative floats are in the order of the floats, so the largest pattern with
@@ -34,20 +35,28 @@ def quantile_of_magnitude(x: jax.Array, quantile: Any) -> jax.Array:
     patterns = lax.bitcast_convert_type(magnitudes, unsigned)
     rank, weight = _position(quantile, math.prod(x.shape[-2:]))
 
-    def next_digit(i: Any, known: Any) -> jax.Array:
+    # `known` holds the digits found so far, above zeros. The wanted pattern is at least known + d
+    # units iff no more than `rank` entries lie below that; the count grows with d, so the digit is
+    # the number of candidates d for which it holds. Two bits a pass: one pass for three candidates
+    # reads the matrix once, where bit by bit it would be read twice.
+    def next_digit(i: ArrayLike, known: jax.Array | np.unsignedinteger) -> jax.Array:
         unit = unsigned(1) << jnp.asarray(bits - 2 - 2 * i, unsigned)
         below = [patterns < known + unit * unsigned(digit) for digit in (1, 2, 3)]
         counts = _reduce([lax.add] * 3, [b.astype(jnp.int32) for b in below], [0] * 3)
         return known + unit * sum((count <= rank).astype(unsigned) for count in counts)
 
+    # The first digit outside the loop makes `known` an array of the shape that the loop carries.
     pattern = lax.fori_loop(1, bits // 2, next_digit, next_digit(0, unsigned(0)))
 
+    # One more pass: the next larger entry to interpolate with, and the largest, since the patterns
+    # of NaN lie above that of infinity.
     up_to, larger = (patterns <= pattern).astype(jnp.int32), np.iinfo(unsigned).max
     count, above, largest = _reduce(
         [lax.add, lax.min, lax.max],
         [up_to, jnp.where(patterns > pattern, patterns, unsigned(larger)), patterns],
         [0, larger, 0],
     )
+    # With ties, the entry at rank + 1 is equal to the one at rank.
     above = jnp.where(count > rank + 1, pattern, above)
 
     def value(pattern: jax.Array) -> jax.Array:
@@ -55,13 +64,14 @@ def quantile_of_magnitude(x: jax.Array, quantile: Any) -> jax.Array:
 
     lower, upper = value(pattern), value(above)
     weight = jnp.asarray(weight, lower.dtype)
+    # Equal entries are not interpolated, so that infinities and exact values come out as they are.
     between = jnp.where(
         (weight > 0) & (upper > lower), (1 - weight) * lower + weight * upper, lower
     )
     return jnp.where(jnp.isnan(value(largest)), jnp.nan, between)
 
 
-def _position(quantile: Any, size: int) -> tuple[Any, Any]:
+def _position(quantile: ArrayLike, size: int) -> tuple[ArrayLike, ArrayLike]:
     """Position of a quantile among `size` sorted entries: a whole part and the rest."""
     last = size - 1
     if isinstance(quantile, (int, float, np.number)):

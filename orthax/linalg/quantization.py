@@ -34,6 +34,8 @@ def quantize(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized
     Returns:
       What `dequantize` reads; a row with a NaN or an infinity comes back as NaN.
     """
+    # low + (high - low) k / levels for k = 0 ... levels. Everything is computed of halves, because
+    # high - low may exceed the largest float where both ends are finite.
     x = wide(x)
     levels = 2**bits - 1
     low, high = (
@@ -41,10 +43,13 @@ def quantize(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized
         for reduce in (jnp.min, jnp.max)
     )
     scale = high / levels - low / levels  # the difference itself may overflow
+    # floor(place + u) with u uniform in [0, 1) rounds up with the probability of the fraction.
     offset = 0.5 if key is None else jax.random.uniform(key, x.shape, x.dtype)
+    # A row of equal entries has scale 0: its codes are 0 and `zero` holds the entry.
     place = (0.5 * x - 0.5 * low) / jnp.where(scale > 0, 0.5 * scale, 1)
     codes = jnp.clip(jnp.floor(place + offset), 0, levels).astype(jnp.uint8)
     if bits == 4:
+        # Halves side by side and not neighbours, so that packing takes slices without strides.
         half = (x.shape[-1] + 1) // 2
         second = jnp.pad(codes[..., half:], [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
         codes = codes[..., :half] | (second << 4)

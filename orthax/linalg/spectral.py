@@ -5,12 +5,13 @@ singular vector with one iteration each.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
@@ -69,6 +70,9 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     """
     check_matrices("spectral_norm", x)
     steps = check.integer("spectral_norm: steps", steps)
+    # Power iteration on x^H x, whose leading eigenvector is the leading right singular vector. The
+    # gradient of s = u^H x v is u v^H with u and v held constant, as their own change is orthogonal
+    # to them: so nothing flows back through the iteration, and it needs no memory for that.
     scaled, scale = constant_unit_max(x)
     start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
 
@@ -77,8 +81,12 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     image = _times(fixed, v)
     u = unit(image, image)
     # With u and v fixed, the norm of x^H u has the gradient u v^H of a singular value.
+    # That norm is at least |x v| and, as u is a unit vector, at most the largest singular value.
     adjoint = _times(scaled.mT.conj(), u)
     norm, smaller = vector_norm(adjoint), vector_norm(image)
+    # (u, v) / sqrt(2) is nearly an eigenvector of [[0, x], [x^H, 0]], whose eigenvalues are the
+    # singular values and their negatives: with |x v| it misses by residual / sqrt(2), so one lies
+    # within that of |x v|. From `norm` the distance is greater by the difference of the two.
     residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
     distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
     # Of a vector that the matrix maps to zero, no more is known than the norm of the matrix.
@@ -90,14 +98,14 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     )
 
 
-def start_vector(call: str, vector: Any, x: jax.Array, size: int) -> jax.Array:
+def start_vector(call: str, vector: ArrayLike | None, x: jax.Array, size: int) -> jax.Array:
     """The given vector at unit length, or a fixed random one where it is zero or not finite."""
     shape = (*x.shape[:-2], size)
     # The same for all matrices of a batch, so that each is treated as if alone.
     direction = jax.random.normal(jax.random.key(0), (size,), x.real.dtype).astype(x.dtype)
     fixed = jnp.broadcast_to(direction, shape)
     fixed = unit(fixed, fixed)
-    if vector is None:
+    if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
         return fixed
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")

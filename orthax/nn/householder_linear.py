@@ -1,11 +1,11 @@
 """`HouseholderLinear`: a layer whose kernel is orthogonal by construction."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+from jax.typing import DTypeLike
 
 from orthax.base import check
 from orthax.linalg import (
@@ -20,19 +20,20 @@ _CALL = "orthax.nn.HouseholderLinear"
 
 
 class HouseholderLinear(nnx.Module):
-    r"""Linear layer whose kernel has k singular values 1 and no others, whatever its parameters.
+    r"""Linear layer whose kernel is orthogonal throughout training, with any optimizer.
 
-    The kernel is built from Householder reflections (`orthax.linalg.householder_product`), whose
-    directions are the parameters; any optimizer may move them. Without `rank` it has orthonormal
-    columns, or rows where there are more outputs than inputs. With `rank` it is the low-rank
-    orthogonal projector: k directions of the input are carried isometrically onto k of the output,
-    and the rest to zero.
+    For layers that must not stretch or shrink what passes: deep or recurrent stacks, adapters that
+    keep distances. No penalty and no projection after the update is needed, because the kernel is
+    built from Householder reflections (`orthax.linalg.householder_product`) and the parameters are
+    their directions. Without `rank` it has orthonormal columns, or rows where there are more
+    outputs than inputs. With `rank` it is the low-rank orthogonal projector: k directions of the
+    input are carried isometrically onto k of the output, and the rest to zero.
 
-    A square kernel of full rank has the determinant :math:`(-1)^k` and keeps it, as the orthogonal
-    matrices fall into two parts that no path connects; the layer of a trained kernel has that
-    kernel's.
+    A square kernel of full rank cannot become every orthogonal matrix: its determinant is
+    :math:`(-1)^k` for good, so it is a rotation or, for odd k, one with a reflection. `from_kernel`
+    gives it the sign of the trained kernel's.
 
-    Directions have no length that matters: their gradients are orthogonal to them, so they grow
+    Only the directions count, not their lengths: gradients are orthogonal to them, so they grow
     under gradient descent and the effective learning rate falls, as with weight normalisation.
     `orthax.muon` and the other matrix optimizers leave them to the fallback.
 
@@ -81,9 +82,9 @@ class HouseholderLinear(nnx.Module):
         *,
         rank: int | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         reflector_init: jax.nn.initializers.Initializer = jax.nn.initializers.normal(0.05),
         bias_init: jax.nn.initializers.Initializer = jax.nn.initializers.zeros,
         rngs: nnx.Rngs,
@@ -100,6 +101,8 @@ class HouseholderLinear(nnx.Module):
             k = least if rank is None else rank
             return nnx.Param(reflector_init(rngs.params(), (features, k), param_dtype))
 
+        # A kernel of full rank needs one set of reflections only, on the longer side: its first
+        # columns there are orthonormal. One of lower rank needs a set for each side.
         on_inputs = rank is not None or in_features >= out_features
         on_outputs = rank is not None or in_features < out_features
         self.input_reflectors = nnx.data(reflectors(in_features) if on_inputs else None)
@@ -110,6 +113,7 @@ class HouseholderLinear(nnx.Module):
     @property
     def kernel(self) -> jax.Array:
         """The kernel, shape (in_features, out_features), in the dtype of the parameters."""
+        # Which of the two there are says the form: a projector, a tall or a wide kernel.
         ins, outs = self.input_reflectors, self.output_reflectors
         if ins is not None and outs is not None:
             return householder_projector(ins[...], outs[...])
@@ -161,6 +165,7 @@ class HouseholderLinear(nnx.Module):
                 f"{_CALL}.from_kernel: bias must have shape {jnp.shape(kernel)[1:]}, got "
                 f"{jnp.shape(bias)}."
             )
+        # The layer is made with random directions, which those of the trained kernel replace.
         layer = cls(
             *kernel.shape,
             rank=rank,
@@ -171,6 +176,7 @@ class HouseholderLinear(nnx.Module):
         if rank is not None:
             ins, outs = householder_factors(kernel, rank)
         else:
+            # rtol=0 keeps directions of tiny singular values, or columns would not be orthonormal.
             nearest = polar_svd(kernel, rtol=0)
             tall = kernel.shape[0] >= kernel.shape[1]
             ins, outs = householder_vectors(nearest if tall else nearest.T), None

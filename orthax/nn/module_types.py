@@ -34,7 +34,7 @@ def dimension_numbers(
     model: nnx.Module,
     exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None,
 ) -> PathRules:
-    """Reads from a Flax NNX model which of its parameters are matrices, and how.
+    """Tells which parameters of a Flax NNX model are matrices, and how, by module types.
 
     Kernels of Linear, LinearGeneral, MultiHeadAttention, Conv, ConvTranspose and Einsum, the two
     factors of LoRA and recurrent cells are matrices; biases, embeddings, norms and output heads (a
@@ -73,6 +73,9 @@ def dimension_numbers(
             f"{_CALL}: model must be a flax.nnx.Module, got {type(model).__name__}. Linen models "
             "and plain params are read by name, without this call; see orthax.explain(params)."
         )
+    # A parameter can belong to several modules (tied weights), under one path: it is read once, and
+    # as all of its owners do. Recurrent cells hold plain Linear layers, whose kernels have the
+    # gates side by side; only the cell knows how many.
     excluded = _excluded_patterns(exclude)
     nodes = list(nnx.iter_graph(model))
     owners: dict[int, list[tuple[nnx.Module, str]]] = {}
@@ -86,6 +89,8 @@ def dimension_numbers(
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
 
+    # Exclusions come first, as the first rule that matches a path decides. Paths are escaped and
+    # anchored: each rule is for one parameter.
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
     for keys, node in nodes:
         parts = tuple(map(str, keys))
@@ -123,6 +128,7 @@ def _read_shared(
     for module, name in owners:
         if any(isinstance(module, types) and name in names for types, names in _NEVER):
             return None
+    # Distinct readings of one parameter are keys of a dict: more than one is a contradiction.
     readings: dict[Any, str] = {}
     for module, name in owners:
         layout = _layout(path, module, name, gates.get(id(module), 1))
@@ -157,7 +163,7 @@ class _Layout(NamedTuple):
     has_matrix: bool = True
 
 
-def _layout(path: str, module: Any, name: str, gates: int) -> _Layout | None:
+def _layout(path: str, module: nnx.Module, name: str, gates: int) -> _Layout | None:
     if isinstance(module, nnx.LoRA):
         if name == "lora_a":
             return _Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
@@ -185,6 +191,7 @@ def _convolution(module: nnx.Conv | nnx.ConvTranspose) -> _Layout:
     groups = getattr(module, "feature_group_count", 1)
     window, bias = tuple(module.kernel_size), (module.out_features,)
     axes = tuple(range(len(window) + 2))
+    # Every output reads a whole window: spatial axes are summed over, like the input channels.
     if getattr(module, "transpose_kernel", False):
         shape = (*window, module.out_features, module.in_features)
         return _Layout(shape, axes[:-2] + axes[-1:], axes[-2:-1], 1, bias)
@@ -202,16 +209,21 @@ def _einsum(path: str, module: nnx.Einsum) -> _Layout:
             f"{_CALL}: einsum string {module.einsum_str!r} does not name each axis of '{path}' "
             f"with shape {tuple(module.kernel_shape)}. {_advice(path)}"
         )
+    # A label of the kernel that the result lacks is summed over; one that only kernel and result
+    # have is an output. What all three have counts matrices.
     reduction = tuple(axis for axis, label in enumerate(labels) if label not in result)
     output = tuple(a for a, label in enumerate(labels) if label in result and label not in inputs)
     bias = tuple(module.bias_shape or ())
     return _Layout(tuple(module.kernel_shape), reduction, output, 1, bias)
 
 
-def _place(path: str, shape: tuple[int, ...], module: Any, layout: _Layout) -> Any:
+def _place(
+    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
+) -> DimensionNumbers | Packed | None:
     """Turns axes of one layer into axes of the parameter, which may hold a stack of layers."""
     if not (layout.has_matrix and layout.reduction and layout.output):
         return None
+    # `kept` numbers the axes of the parameter as the layer alone would have them.
     stack = _stacked_axes(path, shape, module, layout)
     kept = [axis for axis in range(len(shape)) if axis not in stack]
     reduction = tuple(kept[axis] for axis in layout.reduction)
@@ -221,7 +233,7 @@ def _place(path: str, shape: tuple[int, ...], module: Any, layout: _Layout) -> A
 
 
 def _stacked_axes(
-    path: str, shape: tuple[int, ...], module: Any, layout: _Layout
+    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
 ) -> tuple[int, ...]:
     """Returns the axes without which the shape is that of a single layer."""
     rank, extra = len(shape), len(shape) - len(layout.shape)
@@ -230,6 +242,8 @@ def _stacked_axes(
         for axes in itertools.combinations(range(rank), max(extra, 0))
         if tuple(shape[axis] for axis in range(rank) if axis not in axes) == layout.shape
     ]
+    # Several choices fit where the stack is as large as a feature axis. Stacks usually lead; the
+    # bias, which has the same stacked axes, tells where they do not.
     if len(fits) == 1:
         return fits[0]
     bias = getattr(module, "bias", None)

@@ -64,6 +64,8 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
       Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
     """
     check_matrices("double_soft_orthogonality", w, "w")
+    # Both sums are of (s^2 - 1)^2 over singular values s; the larger Gram matrix has |m - n|
+    # eigenvalues 0 besides, each 1 from the identity.
     return 2 * soft_orthogonality(w)
 
 
@@ -91,7 +93,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
       Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
     """
     deviation = _deviation("mutual_coherence", w)
-    # The magnitudes, with slope zero at zero.
+    # The magnitudes, with slope zero at zero, where `abs` of a complex number has none.
     sign = lax.stop_gradient(jnp.sign(deviation))
     sizes = jnp.real(deviation * jnp.conj(sign))
     return jnp.sum(jnp.max(sizes, axis=(-2, -1), initial=0))
@@ -140,6 +142,8 @@ def lambda_orthogonality(
     call = "lambda_orthogonality"
     check.number(f"{call}: radius", radius, "[0, inf]")
     check.number(f"{call}: sharpness", sharpness, "[0, inf)")
+    # Not squared, the norm has no gradient at orthogonal matrices, where training may well start.
+    # An infinite radius is set apart, since 0 times infinity would be NaN.
     distance = norm_with_gradient(_deviation(call, w))
     free = jnp.isinf(radius)
     excess = distance - jnp.where(free, 0, radius).astype(distance.dtype)

@@ -83,6 +83,7 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
 
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")
+        # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         dtype = wide_dtype(w.dtype)
         short = min(w.shape[-2:])
         return start_vector(call, None, jnp.zeros((*w.shape[:-2], 0, 0), dtype), short)
@@ -91,9 +92,13 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
         check_matrices(call, w, "w")
         y = short_side_first(w)
 
+        # (Y Y^H - I) v by two products with vectors. The matrix is Hermitian but not positive, so
+        # the vector may alternate in sign from step to step; its image's length does not.
         def deviation_times(v: jax.Array, y: jax.Array) -> jax.Array:
             return _product(y, _product(y.mT.conj(), v)) - v
 
+        # Only the last application is differentiated, with the vector held constant, as in the
+        # derivative of an eigenvalue.
         fixed = lax.stop_gradient(y)
         start = start_vector(call, vector, fixed, y.shape[-2])
         v = power_iteration(lambda v: deviation_times(v, fixed), start, steps - 1)

@@ -119,6 +119,7 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
 def _scale_by_shape(
     call: str, factor: Callable[[int, int], jax.typing.ArrayLike]
 ) -> optax.GradientTransformation:
+    @jax.jit  # one function per shape in a program, however many leaves have it
     def scaled(x: jax.Array) -> jax.Array:
         return jnp.multiply(x, factor(*x.shape[-2:]))
 

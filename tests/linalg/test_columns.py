@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import tolerances
+from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +16,6 @@ by_order = pytest.mark.parametrize("order", ORDERS)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 columns = jax.jit(top_columns, static_argnums=(1, 2))
-
-
-def normal(shape, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def expected(x, rank, order):

@@ -1,5 +1,4 @@
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +7,9 @@ import oracles
 import pytest
 import tolerances
 from flax import nnx
+from helpers import normal, says
 
 from orthax.linalg import convolution_matrix, convolution_singular_values
-
-pytestmark = pytest.mark.compile_faster
-
-
-def says(*parts):
-    """Pattern of a message that holds all parts, in order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def per_axis(x, axes):

@@ -8,6 +8,7 @@ import oracles
 import pytest
 import scipy.fft
 import tolerances
+from helpers import normal
 
 from orthax.linalg import dct, dct_matrix, idct
 from orthax.linalg._dct import FFT_FROM, LONGEST, dct_columns
@@ -20,14 +21,6 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 by_size = pytest.mark.parametrize("n", SIZES)
 by_method = pytest.mark.parametrize("method", METHODS)
 by_function = pytest.mark.parametrize("function", [dct, idct], ids=["dct", "idct"])
-
-
-def normal(shape, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def expected(function, x):
@@ -93,8 +86,7 @@ def test_every_row_of_a_batch_is_transformed(function, method, shape):
     )
 
 
-@pytest.mark.parametrize("n", [1, 24, 33])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("n", "dtype"), [(1, jnp.float16), (24, jnp.bfloat16), (33, jnp.float16)])
 @by_method
 @by_function
 def test_16_bits_are_transformed_in_float32(function, method, dtype, n):
@@ -109,7 +101,7 @@ def test_16_bits_are_transformed_in_float32(function, method, dtype, n):
     )
 
 
-@pytest.mark.parametrize("n", [1, 2, 24, 33])
+@pytest.mark.parametrize("n", [1, 24, 33])
 @by_method
 @by_function
 def test_parts_of_complex_rows_are_transformed_each_by_itself(function, method, n):
@@ -151,9 +143,11 @@ def test_it_keeps_the_norm_of_a_row(function, method):
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 0), (0, 2, 300)], ids=str)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("auto", jnp.float32), ("matrix", jnp.bfloat16), ("fft", jnp.complex64)],
+)
 @by_function
 def test_arrays_without_entries_pass(function, method, dtype, shape):
     actual = function(jnp.zeros(shape, dtype), method=method)

@@ -7,6 +7,7 @@ import oracles
 import pytest
 import scipy.linalg
 import tolerances
+from helpers import normal
 
 from orthax.linalg._hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
 
@@ -33,14 +34,6 @@ by_some_sizes = pytest.mark.parametrize("n", [1, 2, 12, 16, 20, 24, 48, 60, 96])
 @functools.cache
 def whole(n, dtype=jnp.float32):
     return np.asarray(jax.jit(lambda: hadamard_columns(n, jnp.arange(n), dtype))())
-
-
-def normal(shape, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def limit(x):

@@ -7,6 +7,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from helpers import normal
 
 from orthax.linalg import (
     householder_factors,
@@ -14,8 +15,6 @@ from orthax.linalg import (
     householder_projector,
     householder_vectors,
 )
-
-pytestmark = pytest.mark.compile_faster
 
 product = jax.jit(householder_product, static_argnames="columns")
 vectors = jax.jit(householder_vectors)
@@ -36,10 +35,6 @@ def sequential(v):
             column = column / np.abs(column).max()
             q = q @ (np.eye(len(v)) - 2 * np.outer(column, column) / (column @ column))
     return q
-
-
-def normal(shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def deviation(q):
@@ -233,8 +228,8 @@ def finite_difference(function, x, direction, step=1e-5):
 @pytest.mark.parametrize("columns", [None, 3])
 def test_the_gradient_of_the_product_agrees_with_differences(columns):
     with tolerances.double_precision():
-        v, direction = (normal((2, 6, 4), seed, np.float64) for seed in (0, 1))
-        weights = normal((2, 6, columns or 6), 2, np.float64)
+        v, direction = (normal((2, 6, 4), np.float64, seed=seed) for seed in (0, 1))
+        weights = normal((2, 6, columns or 6), np.float64, seed=2)
 
         def loss(v):
             return jnp.sum(weights * householder_product(v, columns))
@@ -266,9 +261,9 @@ def test_at_a_zero_column_the_gradient_is_zero_and_that_of_the_others_is_as_with
 
 def test_the_gradient_of_the_projector_agrees_with_differences():
     with tolerances.double_precision():
-        u, du = (normal((6, 2), seed, np.float64) for seed in (0, 1))
-        v, dv = (normal((5, 2), seed, np.float64) for seed in (2, 3))
-        weights = normal((6, 5), 4, np.float64)
+        u, du = (normal((6, 2), np.float64, seed=seed) for seed in (0, 1))
+        v, dv = (normal((5, 2), np.float64, seed=seed) for seed in (2, 3))
+        weights = normal((6, 5), np.float64, seed=4)
 
         def loss(u, v):
             return jnp.sum(weights * householder_projector(u, v))

@@ -110,8 +110,8 @@ def test_it_commutes_with_orthogonal_matrices_on_either_side(shape, dtype):
     )
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-6, 1.0, 1e6, 1e12, 1e18])
-@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (3, 5, 12), (1, 9)], ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("shape", [(12, 5), (3, 5, 12), (1, 9)], ids=str)
 def test_the_scale_of_the_input_does_not_matter(shape, scale):
     x = (oracles.well_conditioned(shape).astype(np.float64) * scale).astype(np.float32)
     table = oracles.MUON_TABLE
@@ -147,8 +147,16 @@ def test_a_batch_is_its_slices():
         )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
-@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (1, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 8), jnp.float16),
+        ((5, 12), jnp.bfloat16),
+        ((12, 5), jnp.float32),
+        ((1, 9), jnp.complex64),
+    ],
+    ids=str,
+)
 def test_zero_is_mapped_to_exactly_zero(shape, dtype):
     actual = newton_schulz(jnp.zeros(shape, dtype))
     assert actual.dtype == dtype
@@ -187,7 +195,7 @@ def test_a_matrix_of_low_rank_is_mapped_on_its_range(shape, rank):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("shape", [(5, 12), (2, 2, 7, 4)], ids=str)
 def test_half_precision_keeps_its_dtype_and_on_a_cpu_is_rounded_only_once(shape, scale, dtype):
     x = jnp.asarray(oracles.well_conditioned(shape) * np.float32(scale)).astype(dtype)

@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import tolerances
+from helpers import normal
 
 from orthax.linalg._quantization import dequantize, quantize
 
@@ -13,10 +14,6 @@ by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 save = jax.jit(quantize, static_argnums=1)
 load = jax.jit(dequantize, static_argnums=(1, 2))
-
-
-def normal(shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def there_and_back(x, bits, key=None):

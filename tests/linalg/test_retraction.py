@@ -10,8 +10,6 @@ import tolerances
 import orthax.linalg._retraction
 from orthax.linalg import nearest_orthogonal
 
-pytestmark = pytest.mark.compile_faster
-
 nearest = jax.jit(nearest_orthogonal)
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 9), (9, 1), (1, 1), (3, 12, 8), (2, 2, 5, 7)]
 # Of Q^T Q - I in the spectral norm up to 64 columns; the promise for 1024 is 5e-6.

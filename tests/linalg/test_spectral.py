@@ -9,10 +9,9 @@ import oracles
 import pytest
 import scipy.sparse.linalg
 import tolerances
+from helpers import normal
 
 from orthax.linalg import SpectralNorm, spectral_norm
-
-pytestmark = pytest.mark.compile_faster
 
 estimate = jax.jit(spectral_norm, static_argnames="steps")
 SHAPES = [(40, 16), (16, 40), (1, 9), (9, 1), (1, 1), (3, 8, 8), (2, 2, 5, 7)]
@@ -27,14 +26,6 @@ def with_a_gap(shape, dtype=np.float32, seed=0):
     count = int(np.prod(batch))
     x = [oracles.matrix_with_spectrum(rng, m, n, spectrum, dtype) for _ in range(count)]
     return np.reshape(x, shape)
-
-
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def svd(x):

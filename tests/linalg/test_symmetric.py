@@ -3,6 +3,7 @@ import numpy as np
 import oracles
 import pytest
 import tolerances
+from helpers import normal
 
 from orthax.linalg._symmetric import LEAF, WHOLE, gram, inverse, symmetric_product
 
@@ -10,14 +11,6 @@ DTYPES = [np.float32, np.complex64]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 LARGE = 513
-
-
-def normal(shape, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
 
 
 def conjugate(x):
@@ -78,7 +71,7 @@ def test_products_keep_double_precision(dtype):
 
 def test_the_derivative_of_a_gram_matrix_goes_through_all_blocks():
     x = normal((LARGE, 5), np.float32)
-    weight = normal((LARGE,) * 2, np.float32, 1)
+    weight = normal((LARGE,) * 2, np.float32, seed=1)
     gradient = jax.jit(jax.grad(lambda x: (weight * gram(x)).sum()))(x)
     expected = oracles.float64(weight + weight.T) @ oracles.float64(x)
     assert error(gradient, expected) < tolerances.rounding(np.float32)

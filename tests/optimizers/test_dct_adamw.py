@@ -1,35 +1,26 @@
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
+import paths
 import pytest
 import tolerances
+from helpers import GOLDEN, array_bytes, normal_tree
 from paths import run, updates_of
 
 import orthax
 
-pytestmark = pytest.mark.compile_faster
-
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
 LEAVES = ["tall", "wide", "square"]
 # The code multiplies moments by a dense, rounded rotation, where zeros are exact here.
 GOLDEN_PATH, GOLDEN_PATH_FLOAT64 = 3e-2, 1.2e-2
 # Flax kernels (fan_in, fan_out).
 SHAPES = {"expanding": (10, 24), "contracting": (24, 10), "square": (12, 12), "layers": (2, 8, 12)}
+tree = functools.partial(normal_tree, SHAPES)
 
 settings = {"dimension_numbers": optax.contrib.MuonDimensionNumbers(-2, -1)}
-
-
-def tree(seed, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: (scale * rng.standard_normal(shape)).astype(np.float32)
-        for name, shape in SHAPES.items()
-    }
 
 
 def golden(feedback, key):
@@ -37,21 +28,9 @@ def golden(feedback, key):
     return {leaf: data[f"dct_adamw_rot1_ef{feedback}/{key}/{leaf}"].T for leaf in LEAVES}
 
 
-def transcribed(p, grads, *args, basis, **options):
-    """The path of a leaf, slice by slice where it is a stack."""
+def transcribed(p, grads, *, basis, **options):
     q = oracles.basis_matrix(basis, min(p.shape[-2:]))
-    if p.ndim == 2:
-        return oracles.dct_adamw(p, grads, *args, basis=q, **options)
-    slices = [
-        oracles.dct_adamw(x, [g[i] for g in grads], *args, basis=q, **options)
-        for i, x in enumerate(p)
-    ]
-    return [np.stack(step) for step in zip(*slices, strict=True)]
-
-
-def array_bytes(state):
-    """Bytes of all leaves but the counters, which are scalars."""
-    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+    return paths.slice_by_slice(functools.partial(oracles.dct_adamw, basis=q, **options), p, grads)
 
 
 # --- the published algorithm
@@ -82,8 +61,8 @@ def test_the_oracle_follows_the_published_code_too(leaf, feedback):
     *_, after = transcribed(
         start,
         [golden(feedback, f"g{t}")[leaf] for t in range(6)],
-        0.01,
-        8,
+        learning_rate=0.01,
+        rank=8,
         basis="dct3",
         error_feedback=bool(feedback),
         bias_correction="global",
@@ -110,36 +89,27 @@ def test_it_follows_the_transcription(bias_correction, error_feedback, update_ev
         "weight_decay": 0.1,
     }
     params, grads = tree(0, 0.1), [tree(seed) for seed in range(1, 9)]
-    paths = {
-        leaf: transcribed(p, [g[leaf] for g in grads], 0.05, 4, **options)
-        for leaf, p in params.items()
-    }
-    before = params
     optimizer = orthax.dct_adamw(0.05, 4, **options, **settings)
-    for t, after in enumerate(run(optimizer, params, grads)):
-        for leaf, path in paths.items():
-            step = np.abs(path[t] - before[leaf]).max()
-            error = np.abs(after[leaf] - path[t]).max()
-            assert error < tolerances.GOLDEN_STEP * step, (t, leaf, error / step)
-        before = {leaf: path[t] for leaf, path in paths.items()}
+    oracle = functools.partial(transcribed, learning_rate=0.05, rank=4, **options)
+    paths.assert_follows(optimizer, params, grads, oracle)
 
 
 def test_indices_do_change_in_these_tests():
     """Otherwise the two bias corrections would agree."""
     params, grads = tree(0), [tree(seed) for seed in range(1, 4)]
-    paths = [
+    ends = [
         transcribed(
             params["expanding"],
             [g["expanding"] for g in grads],
-            0.1,
-            4,
+            learning_rate=0.1,
+            rank=4,
             basis="dct",
             bias_correction=correction,
         )
         for correction in ("per_index", "global")
     ]
-    assert oracles.relative_error(paths[0][0], paths[1][0]) == 0
-    assert oracles.relative_error(paths[0][-1], paths[1][-1]) > 0.01
+    assert oracles.relative_error(ends[0][0], ends[1][0]) == 0
+    assert oracles.relative_error(ends[0][-1], ends[1][-1]) > 0.01
 
 
 @pytest.mark.parametrize("error_feedback", [False, True])
@@ -227,62 +197,10 @@ def test_error_feedback_takes_the_bytes_of_its_dtype(buffer_dtype):
 
 @pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])
 def test_a_least_squares_problem_is_solved_with_any_error_feedback(buffer_dtype):
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((64, 16)).astype(np.float32)
-    targets = inputs @ rng.standard_normal((16, 12)).astype(np.float32)
     optimizer = orthax.dct_adamw(
         optax.linear_schedule(0.1, 0.0, 200), 4, error_feedback=True, buffer_dtype=buffer_dtype
     )
-
-    def loss(params):
-        return jnp.mean((inputs @ params["kernel"] - targets) ** 2)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = {"kernel": jnp.zeros((16, 12))}
-    state, start = optimizer.init(params), loss(params)
-    for _ in range(200):
-        params, state = step(params, state)
-    assert loss(params) < 0.05 * start
+    assert paths.part_of_the_loss_left(optimizer, 200) < 0.05
 
 
 # --- the other leaves
-
-
-@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
-def test_leaves_that_are_not_matrices_follow_adamw_with_the_same_numbers(bias_correction):
-    rng = np.random.default_rng(0)
-    params = {"Dense_0": {"kernel": np.ones((8, 12), np.float32), "bias": np.ones(12, np.float32)}}
-    grads = [
-        jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
-        for _ in range(3)
-    ]
-    numbers = {"b1": 0.7, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
-    optimizer = orthax.dct_adamw(0.01, 3, bias_correction=bias_correction, **numbers)
-    ours = updates_of(optimizer, params, grads)
-    theirs = updates_of(optax.adamw(0.01, **numbers), params, grads)
-    for actual, expected in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(
-            actual["Dense_0"]["bias"], expected["Dense_0"]["bias"], rtol=1e-6, atol=1e-9
-        )
-
-
-@pytest.mark.parametrize("basis", ["dct", "svd"])
-@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
-def test_a_layer_without_gradient_does_not_move(bias_correction, basis):
-    params, g = tree(0), tree(1)
-    g["contracting"] = np.zeros_like(g["contracting"])
-    optimizer = functools.partial(orthax.dct_adamw, 0.1, 3, error_feedback=True, basis=basis)(
-        bias_correction=bias_correction, **settings
-    )
-    for updates in updates_of(optimizer, params, [g, g]):
-        assert not np.asarray(updates["contracting"]).any()
-        assert all(np.isfinite(u).all() for u in updates.values())
-
-
-def test_an_unknown_bias_correction_is_refused():
-    with pytest.raises(ValueError, match="bias_correction"):
-        orthax.dct_adamw(0.1, bias_correction="none")

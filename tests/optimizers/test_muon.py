@@ -1,19 +1,19 @@
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
+import paths
 import pytest
 import tolerances
+from helpers import normal_tree
+from paths import run, updates_of
 
 import orthax
 from orthax.linalg import coefficients, newton_schulz, polar_svd
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
-LEAVES = ["tall", "wide", "square"]
 SHAPES = {"expanding": (10, 24), "contracting": (24, 10)}
 
 # Keller Jordan's settings: his triple, five times, and his shape factor.
@@ -27,45 +27,12 @@ plain = functools.partial(
 )
 
 
-def normal_tree(seed, shapes=SHAPES, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: (scale * rng.standard_normal(shape)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
 def gradients(steps=5, shapes=SHAPES):
-    return [normal_tree(100 + step, shapes) for step in range(steps)]
+    return [normal_tree(shapes, 100 + step) for step in range(steps)]
 
 
-def updates_of(optimizer, params, grads, *, compiled=True):
-    """Updates for every gradient, at the parameters that the updates before it lead to."""
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update) if compiled else optimizer.update
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        yield updates
-
-
-def run(optimizer, params, grads):
-    """Parameters after every gradient."""
-    for updates in updates_of(optimizer, params, grads):
-        params = optax.apply_updates(params, updates)
-        yield params
-
-
-def assert_follows(optimizer, expected, *, limit=tolerances.GOLDEN_STEP, steps=5, shapes=SHAPES):
-    """The path is that of the oracle, within `limit` of the largest entry of each step."""
-    params, grads = normal_tree(0, shapes, 0.1), gradients(steps, shapes)
-    paths = {
-        leaf: [params[leaf], *expected(params[leaf], [g[leaf] for g in grads])] for leaf in params
-    }
-    for t, after in enumerate(run(optimizer, params, grads)):
-        for leaf, path in paths.items():
-            step = np.abs(path[t + 1] - path[t]).max()
-            assert np.abs(after[leaf] - path[t + 1]).max() < limit * step, (t, leaf)
+def assert_follows(optimizer, oracle, shapes=SHAPES):
+    paths.assert_follows(optimizer, normal_tree(shapes, 0, 0.1), gradients(5, shapes), oracle)
 
 
 def rms(x):
@@ -73,28 +40,6 @@ def rms(x):
 
 
 # --- the published algorithm
-
-
-def test_it_follows_the_published_code_for_six_steps():
-    data = np.load(GOLDEN)
-    params = {leaf: data[f"muon/p0/{leaf}"].T for leaf in LEAVES}
-    grads = [{leaf: data[f"muon/g{t}/{leaf}"].T for leaf in LEAVES} for t in range(6)]
-    for t, after in enumerate(run(published(0.02, 0.95, weight_decay=0.1), params, grads)):
-        for leaf in LEAVES:
-            expected = data[f"muon/p{t + 1}/{leaf}"].T
-            step = np.abs(expected - data[f"muon/p{t}/{leaf}"].T).max()
-            assert np.abs(after[leaf] - expected).max() < tolerances.GOLDEN_STEP * step, (t, leaf)
-
-
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_the_oracle_follows_the_published_code_too(leaf):
-    data = np.load(GOLDEN)
-    grads = [data[f"muon/g{t}/{leaf}"].T for t in range(6)]
-    path = oracles.muon(data[f"muon/p0/{leaf}"].T, grads, 0.02, weight_decay=0.1)
-    for t, after in enumerate(path):
-        expected = data[f"muon/p{t + 1}/{leaf}"].T
-        step = np.abs(expected - data[f"muon/p{t}/{leaf}"].T).max()
-        assert np.abs(after - expected).max() < 1e-4 * step
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.95, False), (0.5, True)])
@@ -107,7 +52,7 @@ def test_it_follows_the_transcription_with_and_without_nesterov(momentum, nester
 
 
 def test_nesterov_is_the_default_and_differs_from_none():
-    (params, grads) = normal_tree(0), gradients(2)
+    (params, grads) = normal_tree(SHAPES), gradients(2)
     *_, default = updates_of(published(1.0), params, grads)
     *_, without = updates_of(published(1.0, nesterov=False), params, grads)
     for leaf in params:
@@ -143,7 +88,7 @@ def test_scanned_stacks_of_layers_are_batches_of_matrices():
 
 def test_it_equals_muon_of_optax_where_the_two_formulas_agree():
     with tolerances.double_precision():
-        params = jax.tree.map(oracles.float64, normal_tree(0, scale=0.1))
+        params = jax.tree.map(oracles.float64, normal_tree(SHAPES, 0, 0.1))
         grads = jax.tree.map(oracles.float64, gradients())
         theirs = optax.contrib.muon(0.05, weight_decay=0.1, nesterov=False)
         ours = published(0.05, weight_decay=0.1, nesterov=False)
@@ -155,9 +100,9 @@ def test_it_equals_muon_of_optax_where_the_two_formulas_agree():
 
 
 def test_nesterov_of_optax_is_another_formula():
-    """METHODS: .089 at the second step, for a matrix (64, 256); the bias correction wears off."""
+    """It corrects the bias of the average: 0.089 at the second step here, less at later ones."""
     shapes = {"w": (64, 256)}
-    params, grads = normal_tree(0, shapes), gradients(2, shapes)
+    params, grads = normal_tree(shapes), gradients(2, shapes)
     *_, theirs = updates_of(optax.contrib.muon(1.0), params, grads)
     *_, ours = updates_of(published(1.0), params, grads)
     difference = np.linalg.norm(ours["w"] - theirs["w"]) / np.linalg.norm(theirs["w"])
@@ -169,7 +114,7 @@ def test_nesterov_of_optax_is_another_formula():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_without_orthogonalisation_it_is_sgd_with_momentum(nesterov):
-    params, grads = normal_tree(0), gradients()
+    params, grads = normal_tree(SHAPES), gradients()
     ours = updates_of(plain(0.1, 0.9, nesterov=nesterov), params, grads)
     theirs = updates_of(optax.sgd(0.1, 0.9, nesterov=nesterov), params, grads)
     for actual, expected in zip(ours, theirs, strict=True):
@@ -182,7 +127,7 @@ def test_momentum_may_be_a_transformation():
         published(0.05, optax.ema(0.95, debias=False)),
         lambda p, g: oracles.muon(p, g, 0.05, nesterov=False),
     )
-    params, grads = normal_tree(0), gradients(2)
+    params, grads = normal_tree(SHAPES), gradients(2)
     path = updates_of(plain(0.1, optax.identity()), params, grads)
     for updates, g in zip(path, grads, strict=True):
         for leaf in params:
@@ -208,7 +153,7 @@ def test_a_rotated_gradient_gives_the_rotated_update():
 @pytest.mark.parametrize("weight", [1e-12, 1e-3, 1e6])
 def test_the_scale_of_the_loss_does_not_matter(weight):
     shapes = {"w": (8, 12)}
-    params, grads = normal_tree(0, shapes), gradients(3, shapes)
+    params, grads = normal_tree(shapes), gradients(3, shapes)
     scaled = [{"w": g["w"] * np.float32(weight)} for g in grads]
     path = oracles.muon(params["w"], [g["w"] for g in grads], 0.1)
     for after, expected in zip(run(published(0.1), params, scaled), path, strict=True):
@@ -221,13 +166,13 @@ def test_the_scale_of_the_loss_does_not_matter(weight):
 def test_an_exact_direction_moves_every_matrix_by_a_fifth_of_the_learning_rate():
     """Lemma 1 of Moonlight (2502.16982)."""
     optimizer = orthax.muon(0.01, orthogonalizer=orthax.orthogonalize(polar_svd))
-    for updates in updates_of(optimizer, normal_tree(0), gradients(3)):
+    for updates in updates_of(optimizer, normal_tree(SHAPES), gradients(3)):
         for u in updates.values():
             assert rms(u) == pytest.approx(0.2 * 0.01, rel=1e-5)
 
 
 def test_the_default_direction_comes_near_that_scale():
-    for updates in updates_of(orthax.muon(0.01), normal_tree(0), gradients(3)):
+    for updates in updates_of(orthax.muon(0.01), normal_tree(SHAPES), gradients(3)):
         for u in updates.values():
             assert rms(u) == pytest.approx(0.2 * 0.01, rel=0.25)
 
@@ -242,15 +187,6 @@ MODEL = {
     "lm_head": {"kernel": (12, 11)},
 }
 MATRICES = [("Dense_0", "kernel")]
-
-
-def model_tree(seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: rng.standard_normal(shape).astype(np.float32),
-        MODEL,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 def others(tree):
@@ -269,10 +205,10 @@ def not_vectors(params):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "mask", [None, not_vectors, not_vectors(model_tree(0))], ids=["none", "function", "tree"]
+    "mask", [None, not_vectors, not_vectors(normal_tree(MODEL))], ids=["none", "function", "tree"]
 )
 def test_leaves_that_are_not_matrices_follow_adamw_exactly(weight_decay, mask):
-    params, grads = model_tree(0), [model_tree(seed) for seed in (1, 2, 3)]
+    params, grads = normal_tree(MODEL), [normal_tree(MODEL, seed) for seed in (1, 2, 3)]
     ours = plain(0.01, weight_decay=weight_decay, mask=mask)
     theirs = optax.adamw(0.01, weight_decay=weight_decay, mask=mask)
     for actual, expected in zip(
@@ -288,7 +224,7 @@ def test_leaves_that_are_not_matrices_follow_adamw_exactly(weight_decay, mask):
 
 
 def test_the_matrices_of_a_model_follow_muon_beside_the_fallback():
-    params, grads = model_tree(0), [model_tree(seed) for seed in (1, 2, 3)]
+    params, grads = normal_tree(MODEL), [normal_tree(MODEL, seed) for seed in (1, 2, 3)]
     path = oracles.muon(
         params["Dense_0"]["kernel"],
         [g["Dense_0"]["kernel"] for g in grads],
@@ -301,17 +237,8 @@ def test_the_matrices_of_a_model_follow_muon_beside_the_fallback():
         np.testing.assert_allclose(after["Dense_0"]["kernel"], expected, atol=1e-5)
 
 
-def test_the_fallback_may_be_any_transformation():
-    params, grads = model_tree(0), [model_tree(1)]
-    (updates,) = updates_of(orthax.muon(0.01, fallback=optax.sgd(0.5)), params, grads)
-    for name, g in others(grads[0]).items():
-        np.testing.assert_allclose(others(updates)[name], -0.5 * g, rtol=1e-6)
-    kernel = updates["Dense_0"]["kernel"]
-    assert rms(kernel) == pytest.approx(0.2 * 0.01, rel=0.3)
-
-
 def test_the_mask_spares_matrices_from_decay():
-    params, grads = model_tree(0), [jax.tree.map(np.zeros_like, model_tree(0))]
+    params, grads = normal_tree(MODEL), [jax.tree.map(np.zeros_like, normal_tree(MODEL))]
 
     def only_head(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "lm_head", params)
@@ -325,46 +252,6 @@ def test_the_mask_spares_matrices_from_decay():
 
 
 # --- parameters, schedules, dtypes
-
-
-@pytest.mark.parametrize("tree", [normal_tree, model_tree], ids=["matrices", "model"])
-def test_without_decay_no_params_are_needed(tree):
-    optimizer = orthax.muon(0.01)
-    update = jax.jit(optimizer.update)
-    state = optimizer.init(tree(0))
-    updates, _ = update(tree(1), state)
-    with_params, _ = update(tree(1), state, tree(0))
-    for actual, expected in zip(*map(jax.tree.leaves, (updates, with_params)), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_decay_without_params_says_what_is_missing():
-    optimizer = orthax.muon(0.01, weight_decay=0.1)
-    params = normal_tree(0)
-    state = optimizer.init(params)
-    with pytest.raises(ValueError, match=r"(?s)muon.*weight_decay.*params"):
-        optimizer.update(params, state)
-
-
-def test_the_learning_rate_may_be_a_schedule():
-    weight_decay = 0.1
-    params, grads = model_tree(0), [model_tree(seed) for seed in range(1, 5)]
-    schedule = optax.linear_schedule(0.1, 0.0, 4)
-    kernel, expected = params["Dense_0"]["kernel"], None
-    directions = oracles.muon(np.zeros_like(kernel), [g["Dense_0"]["kernel"] for g in grads], 1.0)
-    directions = np.diff([np.zeros_like(kernel), *directions], axis=0)
-    expected = oracles.float64(kernel)
-    optimizer = published(schedule, weight_decay=weight_decay)
-    adamw = run(optax.adamw(schedule, weight_decay=weight_decay), params, grads)
-    for t, (after, others_after) in enumerate(
-        zip(run(optimizer, params, grads), adamw, strict=True)
-    ):
-        rate = 0.1 * (1 - t / 4)
-        expected = expected * (1 - rate * weight_decay) + rate * directions[t]
-        np.testing.assert_allclose(after["Dense_0"]["kernel"], expected, atol=1e-5)
-        np.testing.assert_allclose(
-            after["lm_head"]["kernel"], others_after["lm_head"]["kernel"], rtol=1e-5, atol=1e-7
-        )
 
 
 def matrix_dtypes(state, shape):
@@ -382,8 +269,8 @@ def matrix_dtypes(state, shape):
     ],
 )
 def test_momentum_is_kept_in_its_dtype_and_updates_in_that_of_the_gradient(dtype, mu_dtype, kept):
-    params = {"w": jnp.asarray(normal_tree(0)["expanding"]).astype(dtype)}
-    grads = {"w": jnp.asarray(normal_tree(1)["expanding"]).astype(dtype)}
+    params = {"w": jnp.asarray(normal_tree(SHAPES)["expanding"]).astype(dtype)}
+    grads = {"w": jnp.asarray(normal_tree(SHAPES, 1)["expanding"]).astype(dtype)}
     optimizer = plain(0.01, mu_dtype=mu_dtype)
     state = optimizer.init(params)
     assert matrix_dtypes(state, params["w"].shape) == [kept]
@@ -401,12 +288,3 @@ def test_sixty_large_float16_gradients_do_not_overflow():
     optimizer = orthax.muon(1.0, orthogonalizer=orthax.orthogonalize(polar_svd))
     *_, updates = updates_of(optimizer, params, [g] * 60)
     np.testing.assert_allclose(oracles.float64(updates["w"]), expected, rtol=2e-3, atol=1e-4)
-
-
-def test_a_layer_without_gradient_does_not_move():
-    params, grads = normal_tree(0), gradients(2)
-    for g in grads:
-        g["contracting"] = np.zeros_like(g["contracting"])
-    for updates in updates_of(orthax.muon(0.1), params, grads):
-        assert not np.asarray(updates["contracting"]).any()
-        assert np.asarray(updates["expanding"]).any()

@@ -1,26 +1,22 @@
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
+import paths
 import pytest
-import tolerances
-from paths import run, updates_of
+from helpers import array_bytes, normal_tree
+from paths import updates_of
 
 import orthax
 from orthax.linalg import coefficients, newton_schulz, polar_svd
 from orthax.transforms.low_rank import LowRankState
 
-pytestmark = pytest.mark.compile_faster
-
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "reference.npz"
-# The published code chooses columns of the DCT-III matrix for tall leaves and rows for wide ones.
-LEAVES = {"tall": "dct3", "square": "dct3", "wide": "dct"}
 # Flax kernels (fan_in, fan_out); sizes that have Hadamard matrices.
 SHAPES = {"expanding": (16, 24), "contracting": (24, 16), "square": (16, 16), "layers": (2, 8, 12)}
+tree = functools.partial(normal_tree, SHAPES)
 FIXED = ["dct", "dct3", "random", "hadamard", "columns"]
 
 settings = {
@@ -28,19 +24,6 @@ settings = {
     "dimension_numbers": optax.contrib.MuonDimensionNumbers(-2, -1),
 }
 published = functools.partial(orthax.trion, **settings)
-
-
-def tree(seed, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: (scale * rng.standard_normal(shape)).astype(np.float32)
-        for name, shape in SHAPES.items()
-    }
-
-
-def golden(key, leaves):
-    data = np.load(GOLDEN)
-    return {leaf: data[f"trion_l1_kj/{key}/{leaf}"].T for leaf in leaves}
 
 
 def bases_of(optimizer, params, basis):
@@ -53,65 +36,13 @@ def bases_of(optimizer, params, basis):
     return {len(matrix): oracles.float64(matrix) for matrix in jax.tree.leaves(state.bases)}
 
 
-def transcribed(p, grads, *args, bases, **options):
-    """The path of a leaf, slice by slice where it is a stack."""
+def transcribed(p, grads, *, bases, **options):
     basis = bases[min(p.shape[-2:])]
-    if p.ndim == 2:
-        return oracles.trion(p, grads, *args, basis=basis, **options)
-    slices = [
-        oracles.trion(x, [g[i] for g in grads], *args, basis=basis, **options)
-        for i, x in enumerate(p)
-    ]
-    return [np.stack(step) for step in zip(*slices, strict=True)]
-
-
-def array_bytes(state):
-    """Bytes of all leaves but the counters, which are scalars."""
-    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+    oracle = functools.partial(oracles.trion, learning_rate=0.05, rank=5, basis=basis, **options)
+    return paths.slice_by_slice(oracle, p, grads)
 
 
 # --- the published algorithm
-
-
-@pytest.mark.parametrize("basis", ["dct", "dct3"])
-def test_it_follows_the_published_code_for_six_steps(basis):
-    leaves = [leaf for leaf, name in LEAVES.items() if name == basis]
-    params, grads = golden("p0", leaves), [golden(f"g{t}", leaves) for t in range(6)]
-    optimizer = orthax.trion(
-        0.02,
-        8,
-        0.95,
-        basis=basis,
-        ranking="l1",
-        weight_decay=0.1,
-        orthogonalizer=settings["orthogonalizer"],
-        shape_scale=orthax.scale_by_width(),
-    )
-    for t, after in enumerate(run(optimizer, params, grads)):
-        before, expected = golden(f"p{t}", leaves), golden(f"p{t + 1}", leaves)
-        for leaf in leaves:
-            step = np.abs(expected[leaf] - before[leaf]).max()
-            error = np.abs(after[leaf] - expected[leaf]).max()
-            assert error < tolerances.GOLDEN_STEP * step, (t, leaf)
-
-
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_the_oracle_follows_the_published_code_too(leaf):
-    params, grads = golden("p0", LEAVES)[leaf], [golden(f"g{t}", LEAVES)[leaf] for t in range(6)]
-    path = oracles.trion(
-        params,
-        grads,
-        0.02,
-        8,
-        basis=oracles.basis_matrix(LEAVES[leaf], min(params.shape)),
-        ranking="l1",
-        weight_decay=0.1,
-        factor=oracles.width_factor,
-    )
-    for t, after in enumerate(path):
-        expected = golden(f"p{t + 1}", LEAVES)[leaf]
-        step = np.abs(expected - golden(f"p{t}", LEAVES)[leaf]).max()
-        assert np.abs(after - expected).max() < 2e-4 * step, t
 
 
 @pytest.mark.parametrize(
@@ -128,26 +59,14 @@ def test_it_follows_the_transcription(basis, ranking, momentum, update_every, fa
     params, grads = tree(0, 0.1), [tree(seed) for seed in range(1, 6)]
     optimizer = published(0.05, 5, momentum, basis=basis, shape_scale=scale, **options)
     bases = bases_of(optimizer, params, basis)
-    paths = {
-        leaf: transcribed(
-            p,
-            [g[leaf] for g in grads],
-            0.05,
-            5,
-            bases=bases,
-            momentum=momentum,
-            factor=getattr(oracles, f"{factor}_factor"),
-            **options,
-        )
-        for leaf, p in params.items()
-    }
-    before = params
-    for t, after in enumerate(run(optimizer, params, grads)):
-        for leaf, path in paths.items():
-            step = np.abs(path[t] - before[leaf]).max()
-            error = np.abs(after[leaf] - path[t]).max()
-            assert error < tolerances.GOLDEN_STEP * step, (t, leaf, error / step)
-        before = {leaf: path[t] for leaf, path in paths.items()}
+    oracle = functools.partial(
+        transcribed,
+        bases=bases,
+        momentum=momentum,
+        factor=getattr(oracles, f"{factor}_factor"),
+        **options,
+    )
+    paths.assert_follows(optimizer, params, grads, oracle)
 
 
 def test_the_defaults_are_the_papers_with_l2_and_adams_rms():
@@ -231,50 +150,8 @@ def test_a_momentum_in_few_bits_takes_so_many_and_two_numbers_a_row(bits):
 
 @pytest.mark.parametrize("mu_dtype", [None, "int8", "int4"])
 def test_a_least_squares_problem_is_solved_whatever_the_bits_of_the_momentum(mu_dtype):
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((64, 16)).astype(np.float32)
-    targets = inputs @ rng.standard_normal((16, 12)).astype(np.float32)
     optimizer = published(optax.linear_schedule(0.3, 0.0, 150), 4, 0.8, mu_dtype=mu_dtype)
-
-    def loss(params):
-        return jnp.mean((inputs @ params["kernel"] - targets) ** 2)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = {"kernel": jnp.zeros((16, 12))}
-    state, start = optimizer.init(params), loss(params)
-    for _ in range(150):
-        params, state = step(params, state)
-    assert loss(params) < 0.02 * start
+    assert paths.part_of_the_loss_left(optimizer, 150) < 0.02
 
 
 # --- the other leaves
-
-
-def test_leaves_that_are_not_matrices_follow_adamw():
-    rng = np.random.default_rng(0)
-    params = {"Dense_0": {"kernel": np.ones((8, 12), np.float32), "bias": np.ones(12, np.float32)}}
-    grads = [
-        jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
-        for _ in range(3)
-    ]
-    ours = updates_of(orthax.trion(0.01, 3, weight_decay=0.1), params, grads)
-    theirs = updates_of(optax.adamw(0.01, weight_decay=0.1), params, grads)
-    for actual, expected in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(
-            actual["Dense_0"]["bias"], expected["Dense_0"]["bias"], rtol=1e-6, atol=1e-9
-        )
-
-
-@pytest.mark.parametrize("mu_dtype", [None, "int8", "int4"])
-@pytest.mark.parametrize("basis", ["dct", "svd", "subspace"])
-def test_a_layer_without_gradient_does_not_move(basis, mu_dtype):
-    params, g = tree(0), tree(1)
-    g["contracting"] = np.zeros_like(g["contracting"])
-    optimizer = published(0.1, 3, basis=basis, mu_dtype=mu_dtype)
-    for updates in updates_of(optimizer, params, [g, g]):
-        assert not np.asarray(updates["contracting"]).any()
-        assert all(np.isfinite(u).all() for u in updates.values())

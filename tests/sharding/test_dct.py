@@ -8,12 +8,11 @@ import oracles
 import pytest
 import scipy.fft
 import tolerances
+from helpers import normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthax.linalg import dct, idct
-
-pytestmark = pytest.mark.compile_faster  # how arrays are sharded is decided before
 
 COLLECTIVE = re.compile("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 LENGTH = 264  # one device would take the FFT
@@ -33,10 +32,6 @@ by_function = pytest.mark.parametrize("function", ORACLES, ids=["dct", "idct"])
 def mesh(request):
     assert jax.device_count() == 8, "run `pytest tests/sharding` by itself"
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(request.param,) * 2)
-
-
-def normal(shape):
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 @by_layout

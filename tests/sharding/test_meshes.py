@@ -16,8 +16,6 @@ import orthax
 from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz, polar_svd, zolotarev
 from orthax.penalties import soft_orthogonality, warm_spectral_restricted_isometry
 
-pytestmark = pytest.mark.compile_faster  # how arrays are sharded is decided before
-
 # Two steps instead of five compile in half the time.
 QUICK = {"coefficients": coefficients.MUON[:2]}
 OPTIONS = {

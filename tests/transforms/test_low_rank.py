@@ -14,8 +14,6 @@ from hypothesis.extra.numpy import arrays
 import orthax
 from orthax.linalg import polar_svd
 
-pytestmark = pytest.mark.compile_faster
-
 # Sizes of the shorter sides have Hadamard matrices. The rows of a square matrix are projected.
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (8, 8), "layers": (2, 4, 6)}
 FIXED = ["dct", "dct3", "random", "hadamard", "columns"]
@@ -26,6 +24,8 @@ ROUNDING = 2e-6
 
 every_fixed_basis = pytest.mark.parametrize("basis", FIXED)
 every_basis = pytest.mark.parametrize("basis", ALL)
+# "dct3" and "hadamard" differ from "dct" in their columns alone.
+every_kind = pytest.mark.parametrize("basis", ["dct", "random", "columns", "svd", "subspace"])
 
 
 def tree(seed, scale=1.0, dtype=np.float32, shapes=SHAPES):
@@ -116,9 +116,15 @@ def test_updates_and_buffer_add_up_to_the_gradients(basis):
         assert_close(updates + residual, total, 4 * ROUNDING, leaf)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("basis", ["dct", "columns", "svd"])
+@pytest.mark.parametrize(
+    ("basis", "bits", "rounding"),
+    [
+        ("dct", 8, "nearest"),
+        ("columns", 4, "nearest"),
+        ("svd", 8, "stochastic"),
+        ("dct", 4, "stochastic"),
+    ],
+)
 def test_they_add_up_within_the_quantisation_error(basis, bits, rounding):
     transformation = orthax.low_rank(
         optax.identity(),
@@ -175,8 +181,13 @@ def test_the_buffer_is_a_momentum_whose_used_part_decays(basis):
             assert_close(state.residuals[leaf], moments[leaf], 4 * ROUNDING, leaf)
 
 
-@every_basis
-@pytest.mark.parametrize("rank", [12, lambda m, n: min(m, n)])
+@pytest.mark.parametrize(
+    ("basis", "rank"),
+    [
+        *((basis, 12) for basis in ("dct", "random", "columns", "svd", "subspace")),
+        ("dct", lambda m, n: min(m, n)),
+    ],
+)
 def test_at_full_rank_it_is_the_inner_transformation(basis, rank):
     for inner in (optax.identity(), optax.scale_by_adam()):
         transformation = orthax.low_rank(inner, rank, basis=basis)
@@ -203,8 +214,7 @@ def test_the_fraction_one_is_the_full_rank():
     ("rank", "expected"),
     [
         (3, {"wide": 3, "tall": 3, "square": 3, "layers": 3}),
-        (np.int64(3), {"wide": 3, "tall": 3, "square": 3, "layers": 3}),
-        (6, {"wide": 6, "tall": 6, "square": 6, "layers": None}),
+        (np.int64(6), {"wide": 6, "tall": 6, "square": 6, "layers": None}),
         (0.25, {"wide": 2, "tall": 2, "square": 2, "layers": 1}),
         (0.01, {"wide": 1, "tall": 1, "square": 1, "layers": 1}),
         (lambda m, n: (m + n) // 5, {"wide": 4, "tall": 4, "square": 3, "layers": 2}),
@@ -241,7 +251,7 @@ def test_a_function_for_the_rank_is_called_with_the_shape_of_each_matrix():
     assert set(calls) == {shape[-2:] for shape in SHAPES.values()}
 
 
-@every_basis
+@every_kind
 def test_each_matrix_of_a_stack_has_its_own_subspace(basis):
     transformation = orthax.low_rank(optax.scale_by_adam(), 2, basis=basis, retain=0.5)
     stacks = [tree(seed, shapes={"x": (2, 3, 8, 12)}) for seed in range(4)]
@@ -308,7 +318,7 @@ def test_l2_keeps_at_least_its_part_of_the_energy_of_any_matrix(basis, data, ran
 
 
 def test_l1_need_not_keep_that_part():
-    """The counterexample of METHODS: a spread column beats a spike with more energy."""
+    """A column of many small entries beats a spike with more energy."""
     x = np.zeros((100, 2), np.float32)
     x[:, 0], x[3, 1] = 0.05, 1.0
     for ranking, part in (("l1", 0.2), ("l2", 0.8)):
@@ -493,7 +503,7 @@ def test_a_state_that_does_not_follow_the_params_is_left_alone():
             assert_close(updates[leaf], 0.5**t * oracles.float64(whole[leaf]), ROUNDING)
 
 
-@every_basis
+@every_kind
 def test_params_are_projected_to_the_subspace_of_the_updates(basis):
     transformation = orthax.low_rank(optax.add_decayed_weights(0.3), RANK, basis=basis)
     plain = orthax.low_rank(optax.identity(), RANK, basis=basis)
@@ -514,7 +524,7 @@ def test_params_are_projected_to_the_subspace_of_the_updates(basis):
 # --- when the subspace is chosen
 
 
-@every_basis
+@every_kind
 def test_the_subspace_changes_every_so_many_updates_only(basis):
     transformation = orthax.low_rank(optax.scale_by_adam(), 2, basis=basis, update_every=3)
     gradients = trees(9)
@@ -606,7 +616,7 @@ def test_stochastic_rounding_is_right_on_average():
 # --- dtypes, scales, zeros
 
 
-@every_basis
+@every_kind
 def test_bfloat16_gradients_are_projected_in_float32(basis):
     transformation = orthax.low_rank(optax.identity(), RANK, basis=basis)
     low = trees(2, dtype=jnp.bfloat16)
@@ -619,11 +629,12 @@ def test_bfloat16_gradients_are_projected_in_float32(basis):
             assert_close(actual[leaf], expected[leaf], 2 * tolerances.eps(jnp.bfloat16), leaf)
 
 
-@every_basis
 @pytest.mark.parametrize(
-    "inner",
-    [optax.identity(), optax.scale_by_adam(), orthax.orthogonalize()],
-    ids=["identity", "adam", "orthogonalize"],
+    ("basis", "inner"),
+    [
+        *((basis, optax.scale_by_adam()) for basis in ("dct", "random", "columns")),
+        *((basis, orthax.orthogonalize()) for basis in ("dct", "svd", "subspace")),
+    ],
 )
 def test_zero_gradients_give_zero_updates(basis, inner):
     transformation = orthax.low_rank(inner, RANK, basis=basis, retain=0.5)
@@ -634,8 +645,13 @@ def test_zero_gradients_give_zero_updates(basis, inner):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-@every_basis
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize(
+    ("basis", "scale"),
+    [
+        *((basis, 1e15) for basis in ("dct", "random", "columns", "svd", "subspace")),
+        *((basis, 1e-15) for basis in ("dct", "svd", "subspace")),
+    ],
+)
 def test_the_subspace_does_not_depend_on_the_scale(basis, scale):
     transformation = orthax.low_rank(optax.identity(), RANK, basis=basis)
     gradients = trees(2)
@@ -649,7 +665,7 @@ def test_the_subspace_does_not_depend_on_the_scale(basis, scale):
             assert_close(oracles.float64(other[leaf]) / scale, one[leaf], 1e-4, leaf)
 
 
-@pytest.mark.parametrize("basis", ALL)
+@every_kind
 def test_complex_matrices_are_projected_and_nothing_is_lost(basis):
     transformation = orthax.low_rank(optax.identity(), RANK, basis=basis, retain=0.0)
     gradients = [jax.tree.map(jax.lax.complex, tree(2 * t), tree(2 * t + 1)) for t in range(4)]

@@ -12,15 +12,6 @@ from orthax.linalg import newton_schulz, polar, polar_svd
 TABLE = oracles.MUON_TABLE
 
 
-def well_conditioned(shape, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    *batch, m, n = shape
-    spectrum = scale * np.linspace(1.0, 0.5, min(m, n))
-    count = int(np.prod(batch))
-    x = [oracles.matrix_with_spectrum(rng, m, n, spectrum) for _ in range(count)]
-    return np.reshape(x, shape).astype(np.float32)
-
-
 def atol(shape, dtype=np.float32):
     r = min(shape[-2:])
     return tolerances.rounding(dtype, r, oracles.gain(TABLE, 0.4 / r**0.5))
@@ -41,7 +32,7 @@ MIXED = {
 
 def mixed_tree():
     return {
-        name: well_conditioned(shape, seed, 10.0**seed)
+        name: np.float32(10.0**seed) * oracles.well_conditioned(shape, seed=seed)
         for seed, (name, shape) in enumerate(MIXED.items())
     }
 
@@ -68,7 +59,7 @@ def test_every_matrix_of_a_mixed_tree_is_orthogonalised_on_its_own(stack):
 def test_leaves_of_different_dtypes_keep_their_dtypes(stack):
     dtypes = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.bfloat16]
     tree = [
-        jnp.asarray(well_conditioned((4, 6), seed)).astype(dtype)
+        jnp.asarray(oracles.well_conditioned((4, 6), seed=seed)).astype(dtype)
         for seed, dtype in enumerate(dtypes)
     ]
     tree[3] = tree[3] * jnp.complex64(1j)
@@ -83,7 +74,7 @@ def test_leaves_of_different_dtypes_keep_their_dtypes(stack):
 
 @pytest.mark.parametrize("stack", [True, False])
 def test_none_and_masked_leaves_and_the_nesting_are_kept(stack):
-    x, y = well_conditioned((4, 6)), well_conditioned((6, 4), 1)
+    x, y = oracles.well_conditioned((4, 6)), oracles.well_conditioned((6, 4), seed=1)
     tree = {"b": [x, None, optax.MaskedNode()], "a": (optax.MaskedNode(), {"k": y})}
     transformation = orthax.orthogonalize(newton_schulz, stack=stack, coefficients=TABLE)
     actual = apply(transformation, tree)
@@ -110,7 +101,7 @@ def test_more_matrices_of_a_shape_than_fit_a_stack_come_back_in_order():
 
 
 def test_leaves_come_back_in_their_order():
-    tree = [well_conditioned(shape, seed) for seed, shape in enumerate(MIXED.values())]
+    tree = [oracles.well_conditioned(shape, seed=seed) for seed, shape in enumerate(MIXED.values())]
     actual = apply(orthax.orthogonalize(polar_svd), tree)
     for found, x in zip(actual, tree, strict=True):
         np.testing.assert_allclose(found, oracles.polar(x), rtol=0, atol=1e-5)
@@ -137,7 +128,7 @@ def test_options_reach_the_method():
     def method(x, *, factor, shift=0.0):
         return factor * x + shift
 
-    x = well_conditioned((3, 4))
+    x = oracles.well_conditioned((3, 4))
     actual = apply(orthax.orthogonalize(method, factor=3.0, shift=1.0), {"w": x})
     np.testing.assert_allclose(actual["w"], 3 * x + 1, rtol=1e-6)
 
@@ -164,7 +155,7 @@ def test_the_default_method_is_polar_with_its_options(options):
 
 @pytest.mark.parametrize("stack", [True, False])
 def test_zero_matrices_stay_zero_beside_others(stack):
-    x = well_conditioned((4, 6))
+    x = oracles.well_conditioned((4, 6))
     tree = {"a": x, "b": np.zeros_like(x), "c": np.stack([x, np.zeros_like(x)])}
     actual = apply(orthax.orthogonalize(newton_schulz, stack=stack, coefficients=TABLE), tree)
     assert not np.asarray(actual["b"]).any()
@@ -174,7 +165,7 @@ def test_zero_matrices_stay_zero_beside_others(stack):
 
 
 def test_leaves_of_very_different_scale_share_a_stack():
-    x = well_conditioned((4, 6)).astype(np.float64)
+    x = oracles.well_conditioned((4, 6)).astype(np.float64)
     tree = [(x * scale).astype(np.float32) for scale in (1e-20, 1.0, 1e18)]
     for actual in apply(orthax.orthogonalize(newton_schulz, coefficients=TABLE), tree):
         np.testing.assert_allclose(actual, oracles.newton_schulz(x), atol=atol(x.shape))

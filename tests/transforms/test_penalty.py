@@ -1,7 +1,6 @@
 """add_penalty: its gradient, where in a chain, for which leaves, with what it carries along."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import optax
 import oracles
 import pytest
 import tolerances
+from helpers import normal, says
 
 import orthax
 from orthax.conv_penalties import convolution_orthogonality
@@ -21,23 +21,15 @@ from orthax.penalties import (
     warm_spectral_restricted_isometry,
 )
 
-pytestmark = pytest.mark.compile_faster
-
 SHAPES = {"square": (5, 5), "tall": (7, 4), "wide": (4, 7), "batch": (2, 6, 3)}
 ADD_SOFT = orthax.add_penalty(soft_orthogonality, 0.3)
 
 
-def normal(shape, seed=0, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
-
-
 def params_and_gradients(shapes=SHAPES, scale=0.5):
-    params = {name: np.float32(scale) * normal(s, i) for i, (name, s) in enumerate(shapes.items())}
-    gradients = {name: normal(s, 10 + i) for i, (name, s) in enumerate(shapes.items())}
+    params = {
+        name: np.float32(scale) * normal(s, seed=i) for i, (name, s) in enumerate(shapes.items())
+    }
+    gradients = {name: normal(s, seed=10 + i) for i, (name, s) in enumerate(shapes.items())}
     return params, gradients
 
 
@@ -518,8 +510,8 @@ def test_the_penalty_sees_float32_where_params_have_16_bits():
 def test_double_precision_is_kept():
     with tolerances.double_precision():
         w, g = (
-            jnp.asarray(normal((7, 4), 0, np.float64)),
-            jnp.asarray(normal((7, 4), 1, np.float64)),
+            jnp.asarray(normal((7, 4), np.float64)),
+            jnp.asarray(normal((7, 4), np.float64, seed=1)),
         )
         update, _ = apply(ADD_SOFT, g, w)
         assert update.dtype == np.float64
@@ -529,7 +521,7 @@ def test_double_precision_is_kept():
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7)], ids=["tall", "wide"])
 def test_complex_params_descend(shape):
     """JAX's own gradient of a real function of them is the conjugate, along which it may rise."""
-    w, g = normal(shape, 0, np.complex64), normal(shape, 1, np.complex64)
+    w, g = normal(shape, np.complex64), normal(shape, np.complex64, seed=1)
     update, _ = apply(ADD_SOFT, g, w)
     assert update.dtype == np.complex64
     close(update, g + 0.3 * soft_gradient(w))
@@ -597,7 +589,7 @@ def convolution(kernel, strides):
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_kernels_of_convolutions_have_their_own_penalty(strides):
-    kernel, other = 0.3 * normal((3, 3, 2, 4)), normal((7, 4), 1)
+    kernel, other = 0.3 * normal((3, 3, 2, 4)), normal((7, 4), seed=1)
     rules = orthax.PathRules(
         (
             (r"conv", functools.partial(convolution_orthogonality, strides=strides)),
@@ -606,7 +598,7 @@ def test_kernels_of_convolutions_have_their_own_penalty(strides):
     )
     params = {"conv": kernel, "dense": other}
     updates, _ = apply(orthax.add_penalty(rules, 0.2), jax.tree.map(np.zeros_like, params), params)
-    direction, step = normal(kernel.shape, 2), 1e-5
+    direction, step = normal(kernel.shape, seed=2), 1e-5
     ahead, behind = (
         convolution(kernel + sign * step * oracles.float64(direction), strides) for sign in (1, -1)
     )
@@ -616,10 +608,6 @@ def test_kernels_of_convolutions_have_their_own_penalty(strides):
 
 
 # --- errors
-
-
-def says(*parts):
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 @pytest.mark.parametrize("strength", [-1, -0.1, np.nan, np.inf, np.float32(-2)])

@@ -1,10 +1,11 @@
 """The orthonormal cosine transforms of types II and III, as a matrix product and by FFT."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices, on_a_mesh
@@ -73,7 +74,7 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     return _transformed("idct", x, method)
 
 
-def dct_matrix(n: int, dtype: Any = jnp.float32) -> jax.Array:
+def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix of the orthonormal DCT-II, by which `dct` multiplies.
 
     It is orthogonal, so its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of
@@ -100,7 +101,9 @@ def dct_matrix(n: int, dtype: Any = jnp.float32) -> jax.Array:
     return dct_columns(n, jnp.arange(n), dtype)
 
 
-def dct_columns(n: int, indices: jax.Array, dtype: Any, *, transposed: bool = False) -> jax.Array:
+def dct_columns(
+    n: int, indices: jax.Array, dtype: DTypeLike, *, transposed: bool = False
+) -> jax.Array:
     """Columns of the DCT-II matrix, or of its transpose, the DCT-III matrix.
 
     Args:
@@ -118,7 +121,8 @@ def dct_columns(n: int, indices: jax.Array, dtype: Any, *, transposed: bool = Fa
     frequency = indices.astype(jnp.uint32)[..., None, :]
     if transposed:
         place, frequency = frequency, place
-    # Looked up, as 4n cosines in float64 are cheaper and more exact than n * r in `dtype`.
+    # Looked up, as 4n cosines in float64 are cheaper and more exact than n * r in `dtype`: entry
+    # (j, k) is cos(pi k (2 j + 1) / 2n), and k (2 j + 1) counts modulo a full turn, 4n.
     angles = np.arange(4 * n) * (np.pi / (2 * n))
     cosines = jnp.asarray(np.sqrt(2 / n) * np.cos(angles), dtype)
     found = cosines[(frequency * (2 * place + 1)) % np.uint32(4 * n)]
@@ -150,11 +154,16 @@ def _is_complex(x: jax.Array) -> bool:
 
 
 def _fft_is_faster(x: jax.Array) -> bool:
+    # On a mesh an FFT is gathered, a product is not: it has no entry in FFT_FROM.
     backend = "a mesh" if on_a_mesh(x) else jax.default_backend()
     return x.shape[-1] >= FFT_FROM.get(backend, LONGEST + 1)
 
 
 def _dct_by_fft(x: jax.Array) -> jax.Array:
+    # Makhoul's order of the row, v = (x_0, x_2, x_4, ..., x_5, x_3, x_1), makes the cosine sum a
+    # Fourier sum of length n: y_k = s_k Re(exp(-i pi k / 2n) V_k), V the Fourier transform of v. As
+    # v is real, V_(n-k) is the conjugate of V_k, and the real part for n - k is minus the imaginary
+    # part for k: half of the spectrum gives all y.
     n = x.shape[-1]
     spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
     turned = spectrum * _turns(x).conj()
@@ -162,6 +171,8 @@ def _dct_by_fft(x: jax.Array) -> jax.Array:
 
 
 def _idct_by_fft(y: jax.Array) -> jax.Array:
+    # The same backwards: V_k = exp(i pi k / 2n) (y_k - i y_(n-k)) / s_k with y_n = 0, its transform
+    # v, and the two ends of v by turns are x.
     n = y.shape[-1]
     half = n // 2 + 1
     mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., : n - half : -1]], axis=-1)

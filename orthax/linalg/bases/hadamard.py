@@ -18,6 +18,8 @@ def check_hadamard_size(call: str, n: int) -> None:
 
 def hadamard_transform(x: jax.Array) -> jax.Array:
     """The product of `x`, shape (..., m, n), with the orthogonal Hadamard matrix of size n."""
+    # The matrix is a Kronecker product, so a row is read as a small matrix and multiplied from both
+    # sides: n (a + b) operations where the full product takes n^2.
     a, b = (factor.astype(x.real.dtype) for factor in _factors_of(x.shape[-1]))
     parts = jnp.reshape(x, (*x.shape[:-1], len(a), len(b)))
     product = jnp.einsum("...ab,ac,bd->...cd", parts, a, b, precision="highest")
@@ -26,6 +28,7 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
 
 def hadamard_columns(n: int, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Columns, (..., n, r) for indices (..., r), of the orthogonal Hadamard matrix of size n."""
+    # Column i of the Kronecker product is that of column i // b of one and i % b of the other.
     a, b = (jnp.asarray(factor.T, dtype) for factor in _factors_of(n))
     of_a, of_b = a[indices // len(b)], b[indices % len(b)]
     columns = of_a[..., :, None] * of_b[..., None, :]
@@ -42,6 +45,8 @@ def _factors_of(n: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _factors(n: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Two orthogonal matrices of about equal size whose Kronecker product is that of size n."""
+    # n = size 2^k: Paley's construction gives a matrix of the first size, for the smallest that has
+    # one, and Sylvester's doubling the rest. Doublings are shared out between both factors.
     twos = (n & -n).bit_length() - 1
     for k in range(twos, -1, -1):
         base = _paley(n >> k)
@@ -64,6 +69,8 @@ def _paley(size: int) -> np.ndarray | None:
         return np.ones((1, 1), int)
     if q % 4 != 3 or any(q % factor == 0 for factor in range(3, int(q**0.5) + 1)):
         return None
+    # Paley's first construction: I + S with S skew, [[0, 1], [-1, Q]] and Q_ij the quadratic
+    # character of i - j modulo q. S S^T = q I, because q = 3 mod 4 makes Q skew.
     squares = {x * x % q for x in range(1, q)}
     character = np.array([0, *(1 if x in squares else -1 for x in range(1, q))])
     skew = np.zeros((size, size), int)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from orthax.base.leaves import check_matrices
 from orthax.linalg.coefficients import POLAR_EXPRESS
@@ -31,26 +32,26 @@ def gram_newton_schulz(
     coefficients: Coefficients = POLAR_EXPRESS,
     *,
     restarts: Sequence[int] | None = None,
-    dtype: Any = None,
-    precision: Any = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
     eps: float = 0.0,
 ) -> jax.Array:
-    r"""`newton_schulz` by products of the shorter side's size: the same polynomial, cheaper.
+    r"""Does what `newton_schulz` does, faster for long matrices: one side at least twice the other.
 
-    A step multiplies :math:`X` by :math:`P = a I + b R + c R^2` with :math:`R = X X^T`. Since all
-    of these commute, the factor :math:`Q \leftarrow P Q` and the Gram matrix
-    :math:`R \leftarrow P R P` can be iterated alone and X be multiplied once at the end: two long
-    products in all instead of two per step. It pays from about twice as many columns as rows.
+    A step multiplies :math:`X` by :math:`P = a I + b R + c R^2` with :math:`R = X X^T` of the
+    shorter side. All of these commute, so the small matrices can be iterated alone, the product of
+    the steps :math:`Q \leftarrow P Q` and the Gram matrix :math:`R \leftarrow P R P`, and X be
+    multiplied by Q once at the end: two long products in all instead of two per step.
 
-    Rounding of R grows by the square of what the steps multiply the smallest singular value by; a
-    restart applies Q to X and forms R anew.
+    Use it in float32: its rounding grows with the steps, and is held in check by restarts, each
+    two long products more. In bfloat16 nearly every step needs one, which leaves no gain.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       coefficients: As in `newton_schulz`.
-      restarts: Steps (0 is the first) before which R is formed anew, increasing. None: chosen from
-        the table and the dtype: as few as keep what rounding does below 2e-2 of any singular
-        value. In bfloat16 nearly every step needs one, which leaves nothing of the gain.
+      restarts: Steps (0 is the first) before which Q is applied to X and R formed anew, increasing.
+        None: chosen from the table and the dtype, as few as keep what rounding does below 2e-2 of
+        any singular value.
       dtype: As in `newton_schulz`, of the long products. Those of the Gram matrix's size are
         computed in at least float32.
       precision: Passed to `jnp.matmul` for the long products. None: "highest" for the Gram matrix,
@@ -88,18 +89,23 @@ def gram_newton_schulz(
         return x
     tall = x.shape[-2] > x.shape[-1]
     y = normalize(x.mT if tall else x, eps).astype(used)
+    # Rounding leaves R with slightly negative eigenvalues, which P R P multiplies by more than a^2
+    # each step, until p(r) at them is far from the a that small singular values should be given. A
+    # Gram matrix formed anew is off by one rounding only: so each segment starts with one.
     for first, end in itertools.pairwise((0, *restarts, len(table))):
         y = jnp.matmul(_factor(y, table[first:end], precision).astype(used), y, precision=precision)
     return (y.mT if tall else y).astype(x.dtype)
 
 
-def _factor(y: jax.Array, table: Table, precision: Any) -> jax.Array:
+def _factor(y: jax.Array, table: Table, precision: lax.PrecisionLike) -> jax.Array:
     """The matrix by which the steps of a table multiply y from the left."""
     product = functools.partial(symmetric_product, precision=lax.Precision.HIGHEST)
     r = wide(gram(y, lax.Precision.HIGHEST if precision is None else precision))
     identity = jnp.broadcast_to(jnp.eye(y.shape[-2], dtype=r.dtype), r.shape)
     total = identity
     for step, (a, b, c) in enumerate(table):
+        # X <- P X makes Q <- P Q and, as P is Hermitian, X X^H <- P R P. The first Q is P itself,
+        # and after the last step no Gram matrix is needed.
         p = a * identity + b * r + c * product(r, r)
         total = p if step == 0 else product(p, total)
         if step < len(table) - 1:
@@ -115,6 +121,7 @@ def best_restarts(table: Table, eps: float) -> tuple[int, ...]:
       table: Step table.
       eps: Machine epsilon of the long products.
     """
+    # All placements of one restart, then of two, ...: a table has few rows, and this runs once.
     for count in range(len(table)):
         places = itertools.combinations(range(1, len(table)), count)
         best = min(places, key=lambda restarts: rounding_error(table, restarts, eps))
@@ -130,10 +137,13 @@ def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
     steps of a segment are applied to it in float64. The factor itself is rounded before it
     multiplies a matrix of norm 1.
     """
+    # The Gram matrix is formed in at least float32, whatever the dtype of the long products.
     off = 4 * min(eps, float(np.finfo(np.float32).eps))
     worst = 0.0
     for first, end in itertools.pairwise((0, *restarts, len(table))):
         for r in (-off, off):
+            # `exact` is what the steps multiply a vanishing singular value by, `total` what they
+            # multiply it by if its eigenvalue of R, which should be 0, is r.
             total, exact, r = np.float64(1), np.float64(1), np.float64(r)
             with np.errstate(all="ignore"):
                 for a, b, c in table[first:end]:

@@ -24,10 +24,11 @@ STEP = (15 / 8, -10 / 8, 3 / 8)
 
 
 def nearest_orthogonal(x: jax.Array) -> jax.Array:
-    r"""The orthogonal matrix nearest to each matrix, to rounding: a retraction to orthogonality.
+    r"""Finds the orthogonal matrix nearest to each matrix, exact to rounding.
 
-    Newton-Schulz steps :math:`Y \leftarrow (15 I - 10 R + 3 R^2) Y / 8`, :math:`R = Y Y^T` of the
-    shorter side, which cube the distance of every singular value from 1. A matrix that is nearly
+    Meant for weights that shall stay orthogonal: called after an update, it brings them back. The
+    steps :math:`Y \leftarrow (15 I - 10 R + 3 R^2) Y / 8`, :math:`R = Y Y^T` of the shorter side,
+    cube the distance of every singular value from 1. A matrix that is nearly
     orthogonal, as weights are after a small update, needs one or two, of three products. Others are
     divided by their Schatten-4 norm first and take more, about four for every factor of ten between
     their largest and smallest singular value.
@@ -66,13 +67,16 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
     def step(y: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step, and a bound on the Frobenius norm of y y^H - I after it."""
         e = frobenius_norm(less_identity(r))[..., 0, 0]
+        # Where the step leads is known without another Gram matrix, and |(r - I)^k| <= e^k:
         # r' - I is 5/8 (r - I)^3 + 15/64 (r - I)^4 + 9/64 (r - I)^5.
         after = jnp.where(e < 1, e**3 * (5 / 8 + e * (15 / 64 + e * (9 / 64))), jnp.inf)
         a, b, c = STEP
         polynomial = b * r + c * symmetric_product(r, r, lax.Precision.HIGHEST)
         return a * y + jnp.matmul(polynomial, y, precision=lax.Precision.HIGHEST), after
 
-    # The first Gram matrix tells whether to rescale and serves the first step.
+    # The first Gram matrix tells whether to rescale and serves the first step. If it is within 1 of
+    # the identity, the steps converge from the matrix as it came. Others are divided by the
+    # Schatten-4 norm |r|_F^(1/2), which bounds their singular values by 1.
     r = gram(y, lax.Precision.HIGHEST)
     size = frobenius_norm(r)
     near = frobenius_norm(less_identity(jnp.square(units) * r)) < 1
@@ -84,7 +88,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
         return (count < MAX_STEPS) & jnp.any(bound > tolerance)
 
     def again(state: Any) -> Any:
-        count, y, _ = state
+        count, y, _ = state  # the Gram matrix is new each time: errors of an updated one would grow
         return count + 1, *step(y, gram(y, lax.Precision.HIGHEST))
 
     _, y, _ = lax.while_loop(unfinished, again, state)

@@ -1,11 +1,12 @@
 """Newton-Schulz iterations: the polar factor of a matrix by matrix products alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
@@ -30,14 +31,14 @@ def newton_schulz(
     coefficients: Coefficients = POLAR_EXPRESS,
     *,
     prescale: Literal["frobenius", "schatten", "aol"] = "frobenius",
-    dtype: Any = None,
-    precision: Any = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
     eps: float = 0.0,
 ) -> jax.Array:
-    r"""Approximates the orthogonal polar factor by odd polynomials of the matrix.
+    r"""Approximates the orthogonal polar factor by matrix products alone.
 
     The matrix is divided by its Frobenius norm; then each step maps every singular value s to
-    :math:`a s + b s^3 + c s^5` and leaves singular vectors alone:
+    :math:`a s + b s^3 + c s^5`, nearer to 1, and leaves singular vectors alone:
     :math:`X \leftarrow a X + (b A + c A^2) X` with :math:`A = X X^T` on the shorter side.
 
     Args:
@@ -45,13 +46,16 @@ def newton_schulz(
       coefficients: One (a, b, c) per step; its length is the number of steps. Or a callable
         `(m, n) -> table` of the shorter and the longer side, evaluated while tracing, such as
         `coefficients.for_shape`.
-      prescale: What bounds the singular values by 1 before the first step. "frobenius" divides by
-        the Frobenius norm. "schatten" divides by the Schatten-4 norm, which is smaller: it leaves
-        singular values larger by up to the fourth root of their number. "aol" scales each row of
-        the shorter side by :math:`(\sum_j |A_{ij}|)^{-1/2}`: singular values come out larger still
-        (5 to 50 times for the smallest), but those of another matrix, whose polar factor is 0.006
-        away for Gaussian rows of equal scale and 0.2 for rows of very different ones. Both read the
-        Gram matrix that the first step needs anyway and cost no product.
+      prescale: How the singular values are brought below 1 before the first step; the nearer to 1
+        they start, the nearer they end. None costs a product: A is what the first step needs.
+
+        - "frobenius": division by the Frobenius norm.
+        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, which is smaller, by up to the
+          fourth root of the number of singular values.
+        - "aol": each row of the shorter side times :math:`(\sum_j |A_{ij}|)^{-1/2}`. The smallest
+          singular values start 5 to 50 times larger, but the result is the polar factor of the
+          matrix with other row lengths: 0.006 away from the wanted one for Gaussian rows of equal
+          scale and 0.2 for rows of very different ones.
       dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input on CPU, where
         16-bit products are no faster. bfloat16 halves the cost on accelerators and leaves singular
         values about 1e-2 off.
@@ -86,12 +90,15 @@ def newton_schulz(
     table = table_of("newton_schulz", x, coefficients)
     if x.size == 0:
         return x
+    # On the shorter side the Gram matrix is smallest. The norm is taken before rounding to `dtype`:
+    # in bfloat16 its error would push singular values beyond 1, where a table may diverge.
     tall = x.shape[-2] > x.shape[-1]
     y = normalize(x.mT if tall else x, eps).astype(compute_dtype(x.dtype, dtype))
-    first: jax.Array | None = None
+    first: jax.Array | None = None  # the Gram matrix of the first step, if a prescale has formed it
     if prescale != "frobenius":
         y, first = _rescaled(y, gram(y, precision), prescale)
     for a, b, c in table:
+        # Y <- a Y + (b R + c R^2) Y: three products, of which only the first and the last are long.
         r = gram(y, precision) if first is None else first
         polynomial = b * r + c * symmetric_product(r, r, precision)
         y = a * y + jnp.matmul(polynomial, y, precision=precision)
@@ -106,18 +113,18 @@ def table_of(call: str, x: jax.Array, coefficients: Coefficients) -> Table:
     return check_table(call, coefficients)
 
 
-def check_iteration(call: str, dtype: Any, eps: Any) -> None:
+def check_iteration(call: str, dtype: DTypeLike | None, eps: float) -> None:
     """Raises unless the settings that Newton-Schulz iterations share are possible."""
     check.floating_dtype(f"{call}: dtype", dtype)
     check.number(f"{call}: eps", eps, "[0, inf)", static=True)
 
 
-def compute_dtype(x_dtype: Any, requested: Any) -> Any:
+def compute_dtype(x_dtype: DTypeLike, requested: DTypeLike | None) -> DTypeLike:
     """Dtype of the iteration, as the argument `dtype` says."""
     if requested is None:
         on_cpu = jax.default_backend() == "cpu"
         return wide_dtype(x_dtype) if on_cpu else x_dtype
-    if jnp.issubdtype(x_dtype, jnp.complexfloating):
+    if jnp.issubdtype(x_dtype, jnp.complexfloating):  # a real dtype means that of the parts
         return jnp.promote_types(requested, jnp.complex64)
     return requested
 
@@ -125,9 +132,12 @@ def compute_dtype(x_dtype: Any, requested: Any) -> Any:
 def _rescaled(y: jax.Array, r: jax.Array, prescale: str) -> tuple[jax.Array, jax.Array]:
     """Matrices and their Gram matrices, rescaled as the latter say; norms in float32."""
     if prescale == "schatten":
+        # |R|_F = (sum s^4)^(1/2) is the square of the Schatten-4 norm. R scales as Y Y^H.
         square = frobenius_norm(r)
         root = jnp.sqrt(jnp.where(square == 0, 1, square))
         return (y / root).astype(y.dtype), (r / jnp.square(root)).astype(r.dtype)
+    # Turbo-Muon's almost orthogonal layer scaling: with row sums of |R| in D, D^-1/2 R D^-1/2 has
+    # no eigenvalue above 1 (Gershgorin's bound for the similar matrix D^-1 R). Zero rows stay zero.
     sums = jnp.sum(jnp.abs(wide(r)), axis=-1, keepdims=True)
     scale = lax.rsqrt(jnp.where(sums == 0, 1, sums))
     return (scale * y).astype(y.dtype), (scale * r * scale.mT).astype(r.dtype)

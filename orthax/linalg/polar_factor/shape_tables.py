@@ -1,9 +1,9 @@
-r"""Newton-Schulz tables made for the singular values that matrices of one shape are likely to have.
+r"""Newton-Schulz tables fitted to the singular values that matrices of one shape usually have.
 
-Every row is an odd quintic that takes its largest value on [0, high] twice, at its crest and at
-high, as the rows of `minimax` do. Up to scale such quintics are a family of one number, high over
-crest, so a table has one number per step and the peak of the last; by construction no row sends a
-value out of the next one's interval. Least squares, from the best `minimax` table, fit the numbers.
+The quintic of a step rises to a crest, dips, and rises to `high`, the end of its interval, to just
+as high a value as at the crest. That value is where the next interval ends, so nothing leaves it.
+But for scale one number, high over crest, fixes such a quintic: a table is one number per step and
+the largest value (the peak) of the last. Least squares fit them, from the best `minimax` table.
 """
 
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.linalg.polar_factor.shipped_tables import NUMBERS, STEPS
@@ -39,30 +40,30 @@ def for_shape(
     steps: int = 5,
     *,
     shared: bool = False,
-    spectra: Sequence[Any] | None = None,
+    spectra: Sequence[ArrayLike] | None = None,
 ) -> Table:
-    r"""Makes the table with the least error on random matrices of one shape.
+    r"""Makes the step table that is most accurate on random matrices of one shape.
 
-    The error is the mean square distance of singular values from 1 after all steps. Assumed are the
-    singular values of a Gaussian matrix over its Frobenius norm (the Marchenko-Pastur law; longer
-    matrices than 1:16 are taken to be 1:16), and with a share of 0.0015 values that are spread
-    evenly in the logarithm over [1e-5, 1]. Without these, tables of wide shapes would give up the
-    small singular values of real momentum, and lose to `MUON` on it.
+    The longer a random matrix, the nearer its singular values lie to each other, and a table that
+    is made for where they lie serves them better than one for all of [0, 1]. It has the least mean
+    square distance of singular values from 1 after all steps. They are assumed to be those of a
+    Gaussian matrix over its Frobenius norm (the Marchenko-Pastur law, with a side ratio of 1:16 for
+    longer matrices too). A share of 0.0015 is spread evenly in the logarithm over [1e-5, 1], or
+    tables of wide shapes would give up the small singular values of real momentum.
 
     No singular value in [0, 1] ends above 1.3, and none beyond the first row's crest below 0.7,
     even (0.69) if every step is off by 1 % of its largest value: bfloat16 was seen to be 0.7 % off.
-    There is no safety factor: as they are, tables are for matrices of unit Frobenius norm. All
-    steps but the last map [0, 1] into itself.
+    There is no safety factor. All steps but the last map [0, 1] into itself.
 
     Args:
       m: Size of one side.
       n: Size of the other; their order does not matter.
       steps: Number of rows.
-      shared: Whether all rows are the same, the form of ROOT. Its values stay below 1.3 as well,
-        and its error on Gaussian matrices is 1.1 to 12 times smaller than that of `ROOT`. But one
-        triple cannot be accurate and lift small singular values too: the slope at zero is 116 to
-        412 for these shapes, where `MUON` has 485, and real momentum ends up to 2.3 times as far
-        from orthogonal. There is no floor of 0.7.
+      shared: Whether all rows are the same, the form of ROOT: values below 1.3 as well, without the
+        floor of 0.7, and an error on Gaussian matrices 1.1 to 12 times smaller than that of `ROOT`.
+        But one triple cannot be accurate and lift small singular values too: the slope at zero is
+        116 to 412 for these shapes (`MUON`: 485), and real momentum ends up to 2.3 times as far
+        from orthogonal.
       spectra: Singular values that the table shall serve as well, one array per matrix, of any
         length and scale. They get a quarter of the weight of the law, in equal parts.
 
@@ -108,7 +109,7 @@ def _without_spectra(short: int, long: int, steps: int, shared: bool) -> Table:
     return _rows(shipped or fit(short, long, steps, shared), steps, shared)
 
 
-def _check_spectra(spectra: Sequence[Any]) -> list[np.ndarray]:
+def _check_spectra(spectra: Sequence[ArrayLike]) -> list[np.ndarray]:
     """Every spectrum divided by its Frobenius norm."""
     relative = []
     for index, spectrum in enumerate(spectra):
@@ -122,7 +123,7 @@ def _check_spectra(spectra: Sequence[Any]) -> list[np.ndarray]:
                 f"for_shape: spectra[{index}] must be a 1-D array of finite numbers, none negative "
                 f"and one positive; got {spectrum!r}."
             )
-        values = values / values.max()
+        values = values / values.max()  # so that squares neither overflow nor vanish
         relative.append(values / np.linalg.norm(values))
     if not relative:
         raise ValueError(f"for_shape: spectra must hold at least one array, got {spectra!r}.")
@@ -137,14 +138,16 @@ def fit(
 
     values, shares = _assumed_spectrum(short, long, spectra)
 
-    def errors(numbers: Any) -> np.ndarray:
+    # Their sum of squares is the mean square error and the penalty on dips below the floor. The
+    # sign is taken of real parts, because the numbers have imaginary ones in a complex step.
+    def errors(numbers: np.ndarray) -> np.ndarray:
         y = values
         for a, b, c in _rows(numbers, steps, shared):
             y = y * (a + y**2 * (b + y**2 * c))
         missing = np.zeros(1) if shared else FLOOR - _dips(numbers)
         return np.append(np.sqrt(shares) * (y - 1), FLOOR_WEIGHT * missing * (missing.real > 0))
 
-    def mean_square(numbers: Any) -> float:
+    def mean_square(numbers: np.ndarray) -> float:
         return float(np.sum(errors(numbers) ** 2))
 
     starts, least, most = _shared_starts() if shared else _starts(steps)
@@ -152,8 +155,13 @@ def fit(
     accurate = [start for start in starts if mean_square(start) < NEGLIGIBLE]
     if accurate:  # the first lifts the smallest singular values
         return _rounded(accurate[0])
+    # The fit is a local search. `minimax` tables differ in one number, the lower end, so that the
+    # best of a few is soon found; and the search never ends above its start.
     start = min(starts, key=mean_square)
     kept, fitted = start[:-FITTED], start[-FITTED:]
+    # Slopes by complex steps, f(x + ih).imag / h, have no cancellation as differences do: the fit
+    # gets further than DECIMALS, and every machine finds the same table. Dogbox is for few numbers
+    # with bounds; the first ones usually end on theirs.
     solution = least_squares(
         lambda fitted: errors(np.concatenate([kept, fitted])),
         fitted,
@@ -175,6 +183,7 @@ def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
 
 def _assumed_spectrum(short: int, long: int, spectra: Sequence[np.ndarray]) -> Weighted:
     """Singular values relative to the norm: of random matrices, given ones, and unlikely ones."""
+    # Shares sum to 1: UNLIKELY is one of the whole, GIVEN of the rest.
     given = GIVEN if spectra else 0.0
     gaussian, shares = _marchenko_pastur(short, long)
     parts = [(gaussian, (1 - given) * shares)]
@@ -199,11 +208,12 @@ def _marchenko_pastur(short: int, long: int, points: int = 500) -> Weighted:
     return np.sqrt(np.minimum(square / short, 1)), 4 * u * np.sin(t) ** 2 / square / points
 
 
-def _rows(numbers: Any, steps: int, shared: bool) -> Table:
+def _rows(numbers: Sequence[float] | np.ndarray, steps: int, shared: bool) -> Table:
     """The table: in every row the largest value is 1 / (1 + ROUNDING), in the last the peak."""
     if shared:  # one row that maps [0, high] into itself and may end before its second maximum
         end, stretch, high = numbers
         return (_row(end, stretch / high, high / (1 + ROUNDING)),) * steps
+    # Intervals are [0, 1]: what ends at 1 / (1 + ROUNDING) stays inside after a rounding error.
     *ends, peak = numbers
     tops = [1 / (1 + ROUNDING)] * (steps - 1) + [peak]
     return tuple(_row(end, 1.0, top) for end, top in zip(ends, tops, strict=True))
@@ -220,6 +230,7 @@ def _quintic(end: Any) -> Row:
 
     Its derivative is a multiple of (1 - x^2) (q - x^2) with x = end s and q = `_dip_square`.
     """
+    # The integral of 15 (1 - x^2) (q - x^2) is 15 q x - 5 (1 + q) x^3 + 3 x^5, at x = 1 `scale`.
     q = _dip_square(end)
     scale = 10 * q - 2
     return 15 * q * end / scale, -5 * (1 + q) * end**3 / scale, 3 * end**5 / scale
@@ -227,14 +238,15 @@ def _quintic(end: Any) -> Row:
 
 def _dip_square(end: Any) -> Any:
     """Square of where `_quintic` dips, over the square of where it crests."""
+    # Equal values at x = 1 and x = end are a linear equation for q: divided by (end - 1)^2, this.
     return (3 * end**3 + 6 * end**2 + 4 * end + 2) / (5 * (end + 2))
 
 
-def _dips(numbers: Any) -> np.ndarray:
+def _dips(numbers: np.ndarray) -> np.ndarray:
     """Where what falls into the dip of each row ends, if every step is off by ROUNDING."""
     *ends, peak = numbers
     lows = np.empty(0)
-    for end in ends:
+    for end in ends:  # each row maps what fell into the dips before, and adds its own
         a, b, c = _quintic(end)
         lows = np.append(lows, np.sqrt(_dip_square(end)) / end)
         lows = (lows * (a + lows**2 * (b + lows**2 * c)) - ROUNDING) / (1 + ROUNDING)
@@ -247,6 +259,7 @@ def _starts(steps: int) -> tuple[list[list[float]], list[float], list[float]]:
     for lower in np.geomspace(1e-7, 0.3, 22):
         ends, high, top = [], 1 + ROUNDING, 1.0
         for a, b, c in minimax(steps, float(lower), cushion=CUSHION, safety=1 + ROUNDING):
+            # The crest is where a + 3 b s^2 + 5 c s^4 first vanishes; `high` ends the interval.
             root = np.sqrt(max(9 * b**2 - 20 * a * c, 0))
             crest = min(np.sqrt((-3 * b - root) / (10 * c)), high)
             top = crest * (a + crest**2 * (b + crest**2 * c))

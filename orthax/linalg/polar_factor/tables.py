@@ -1,13 +1,14 @@
 r"""Step tables: what they are, what they do to a singular value, the best one for an interval.
 
-One odd quintic a s + b s^3 + c s^5 per row. A table maps singular values of a matrix of unit
-Frobenius norm towards 1; its length is the number of steps.
+A row (a, b, c) stands for a step that maps every singular value s to a s + b s^3 + c s^5. The steps
+of a table together take the singular values of a matrix of unit Frobenius norm towards 1.
 """
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from orthax.base import check
 
@@ -34,7 +35,7 @@ def check_table(call: str, coefficients: Any) -> Table:
     return tuple((float(a), float(b), float(c)) for a, b, c in table)
 
 
-def scalar_map(coefficients: Sequence[Row], singular_values: Any) -> np.ndarray:
+def scalar_map(coefficients: Sequence[Row], singular_values: ArrayLike) -> np.ndarray:
     """Applies a table to singular values in float64: what `newton_schulz` does to each of them.
 
     Args:
@@ -61,11 +62,10 @@ def minimax(
     cushion: float = 0.02407327424182761,
     safety: float = 1.01,
 ) -> Table:
-    r"""The composition of odd quintics that maps [lower, 1] closest to 1.
+    r"""Makes the step table whose worst error on singular values in [lower, 1] is least.
 
-    Each step takes the best odd quintic for the interval that the steps before leave; that greedy
-    choice is optimal among all compositions (Polar Express, Theorem 3.1). Computed in float64 NumPy
-    by a Remez iteration whose extrema have a closed form.
+    Each step takes the best odd quintic for the interval that the steps before leave; no other
+    table of as many steps comes nearer to 1 (Polar Express, Theorem 3.1). Computed in float64.
 
     Args:
       steps: Number of rows, at least 1.
@@ -102,12 +102,17 @@ def minimax(
     rows = []
     low, high = float(lower), 1.0
     for step in range(steps):
+        # The greedy choice, which Theorem 3.1 proves optimal. The quintic for a very small lower
+        # end dips deep inside the interval; the cushion keeps that end away from zero.
         designed = max(low, cushion * high)
         row = _best_quintic(designed, high)
         if designed > low:
+            # Recentred: values below `designed` come out lower than the quintic's least extremum,
+            # so the factor puts the values of both ends of [low, high] equally far from 1.
             row = row * 2 / (_odd(row, low) + _odd(row, high))
-        if step < steps - 1:
+        if step < steps - 1:  # nothing follows the last, which it could push out of its interval
             row = row / safety**powers
+        # The error oscillates about 1 with equal extrema, one at `low`: 2 - low bounds all values.
         low = _odd(row, low)
         high = 2 - low
         rows.append(row)
@@ -118,6 +123,10 @@ def _best_quintic(low: float, high: float) -> np.ndarray:
     """Best odd quintic approximation of 1 on [low, high]; its error has four equal extrema."""
     if low / high >= 1 - 1e-4:  # the system below is near singular; Taylor polynomial, 3e-13 off
         return np.array([15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5])
+    # Remez exchange: three coefficients and the error E are four unknowns, fixed by errors of -E,
+    # E, -E, E at four points; then the inner two points move to the extrema of that quintic, until
+    # E stays. The ends are extrema throughout. p'(s) = a + 3 b s^2 + 5 c s^4 is quadratic in s^2,
+    # so its roots need no search. The first inner points are the quarters of the interval.
     inner = np.array([3 * low + high, low + 3 * high]) / 4
     signs = np.array([1.0, -1.0, 1.0, -1.0])
     error = np.inf

@@ -1,0 +1,38 @@
+"""What the tests of every part use: random arrays and trees, published data, patterns, sizes."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
+
+
+def normal(shape, dtype=np.float32, *, seed=0):
+    """Normal numbers of variance one."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        x = (x + 1j * rng.standard_normal(shape)) / 2**0.5
+    return x.astype(dtype)
+
+
+def normal_tree(shapes, seed=0, scale=1.0, dtype=np.float32):
+    """A tree of normal numbers, of leaves of these shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: (scale * rng.standard_normal(shape)).astype(dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def says(*parts):
+    """Pattern of a message that holds all parts, in order."""
+    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
+
+
+def array_bytes(state):
+    """Bytes of all leaves but the counters, which are scalars."""
+    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
