@@ -99,16 +99,19 @@ class Row(NamedTuple):
       argument: Its name, or the path of a leaf, as messages have it.
       run: Function of the value.
       bad: The value and what is said of it.
+      when: It is refused, where not at once.
     """
 
     call: str
     argument: str
     run: Callable[[Any], Any]
     bad: Bad
+    when: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.call}-{self.argument}-{label_of(self.bad.value)}"
+        label = f"{self.call}-{self.argument}-{label_of(self.bad.value)}"
+        return f"{label} {self.when}" if self.when else label
 
 
 def label_of(value: Any) -> str:
@@ -1018,30 +1021,30 @@ def transposed(groups: Any) -> Any:
 def later() -> list[Row]:
     found: list[Row] = []
 
-    def add(call: str, argument: str, run: Callable[[Any], Any], *bad: Bad) -> None:
-        found.extend(Row(call, argument, without_values(run), one) for one in bad)
+    def add(call: str, argument: str, run: Callable[[Any], Any], *bad: Bad, when: str = "") -> None:
+        found.extend(Row(call, argument, without_values(run), one, when) for one in bad)
 
     for name, tx in TRANSFORMATIONS.items():
         add(name, LEAF, at_update(tx), *LEAVES)
     for name in WITH_STATE:
-        add(name, LEAF, at_init(TRANSFORMATIONS[name]), *LEAVES)
+        add(name, LEAF, at_init(TRANSFORMATIONS[name]), *LEAVES, when="at init")
     for name in OF_PARAMS:
         add(name, "params", with_params(TRANSFORMATIONS[name]), *WITHOUT)
         of_params = at_update_of_params(TRANSFORMATIONS[name])
         whole = Bad(jnp.ones((3, 4), jnp.int32), TypeError, ("dtype int32", "floating"))
-        add(name, LEAF, of_params, whole)
+        add(name, LEAF, of_params, whole, when="of the params")
 
     for name, make in OPTIMIZERS.items():
         decayed = make(0.1, weight_decay=0.25)
         words = ("weight_decay=0.25", "update needs params")
         add(name, "params", with_params(decayed), Bad(None, ValueError, words))
-        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED)
+        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, when="at init")
     both = orthax.partition_matrices(optax.identity(), optax.identity())
     alone = orthax.as_matrices(optax.identity())
     vector = Bad(struct(4), ValueError, ("with shape (4,)", "not a matrix", "fewer than two axes"))
-    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED)
-    for run in (at_init(alone), at_update(alone)):
-        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector)
+    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED, when="at init")
+    for when, run in {"at init": at_init(alone), "at update": at_update(alone)}.items():
+        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector, when=when)
     sent = orthax.as_matrices(optax.identity(), orthax.PathRules((("dense", None),)))
     add("as_matrices", LEAF, at_update(sent), Bad(TALL, ValueError, ("not a matrix", "'dense'")))
     for name in ("partition_matrices: matrices", "partition_matrices: rest"):
@@ -1051,7 +1054,7 @@ def later() -> list[Row]:
         def building(found: Any, part: str = part, parts: Any = parts) -> Any:
             return orthax.partition_matrices(**{**parts, part: lambda leaves: found}).init(KERNELS)
 
-        add(call, part, building, *wrong(3, None, says=("transformation",)))
+        add(call, part, building, *wrong(3, None, says=("transformation",)), when="made")
     add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS)
 
     measures = (diagnostics.of_updates, diagnostics.of_params, diagnostics.of_both)
@@ -1075,7 +1078,7 @@ def later() -> list[Row]:
         add(name, "rank", ranked, *wrong(2.5, True, None, "2", says=says))
         add(name, "rank", ranked, *outside(0, -3, says=says))
         odd = Bad(struct(6, 16), ValueError, ("Hadamard matrix of size 6", "12, 20, 24"))
-        add(name, LEAF, at_init(make(rank=2, basis="hadamard")), odd)
+        add(name, LEAF, at_init(make(rank=2, basis="hadamard")), odd, when="at init")
 
     def ranked_at_update(found: Any) -> Any:
         state = orthax.low_rank(optax.trace(0.9), 2).init(MATRIX)
@@ -1087,7 +1090,7 @@ def later() -> list[Row]:
         keeping = orthax.low_rank(optax.identity(), 2, retain=0.5, buffer_dtype=buffer)
         waves = struct(3, 4, dtype=jnp.complex64)
         words = ("complex", f"buffer_dtype={buffer!r}")
-        add("low_rank", LEAF, at_init(keeping), Bad(waves, TypeError, words))
+        add("low_rank", LEAF, at_init(keeping), Bad(waves, TypeError, words), when="at init")
 
     def inside(inner: Any) -> Any:
         return orthax.low_rank(inner, 2).init(MATRIX)
@@ -1115,7 +1118,13 @@ def later() -> list[Row]:
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
         add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
     add("add_penalty", LEAF, after_init(soft), Bad(whole, TypeError, integers))
-    add("add_penalty", LEAF, at_init(warm), Bad(struct(2), ValueError, ("shape (2,)", *way_out)))
+    add(
+        "add_penalty",
+        LEAF,
+        at_init(warm),
+        Bad(struct(2), ValueError, ("shape (2,)", *way_out)),
+        when="at init",
+    )
     add("add_penalty", "params", with_params(soft), *WITHOUT)
     no_scalars = {
         "matrix": lambda w: w,
@@ -1146,11 +1155,12 @@ def later() -> list[Row]:
         add(name, "vector", functools.partial(memory.apply, jnp.ones((4, 6))), *shapes, *kinds)
 
     two = Bad(2, ValueError, ("transposed layer has one group", "groups=2"))
-    add("convolution_orthogonality", "groups", transposed, two, *wrong("2", 2.0, None))
+    bad = two, *wrong("2", 2.0, None)
+    add("convolution_orthogonality", "groups", transposed, *bad, when="transposed")
 
     for function in (linalg.top_columns, linalg.householder_factors):
         of_empty = functools.partial(function, jnp.ones((3, 0)))
-        add(function.__name__, "rank", of_empty, *outside(1, says=("[1, 0]",)))
+        add(function.__name__, "rank", of_empty, *outside(1, says=("[1, 0]",)), when="empty")
 
     exists = conv_penalties.orthogonal_convolution_exists
     one_axis = padding(1)
