@@ -967,11 +967,14 @@ WITHOUT = (Bad(None, ValueError, ("update needs params",)),)
 FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
 
 
-def without_values(run: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """The function run as if its arrays had no values, so that nothing is compiled."""
+def without_values(run: Callable[[Any], Any], when: str) -> Callable[[Any], None]:
+    """The function run without compiling anything; a struct is traced, but stays one at `init`."""
 
     def traced(value: Any) -> None:
-        jax.eval_shape(lambda: (run(value), ())[1])
+        if isinstance(value, jax.ShapeDtypeStruct) and when != "at init":
+            jax.eval_shape(lambda value: (run(value), ())[1], value)
+        else:
+            jax.eval_shape(lambda: (run(value), ())[1])
 
     return traced
 
@@ -1022,7 +1025,7 @@ def later() -> list[Row]:
     found: list[Row] = []
 
     def add(call: str, argument: str, run: Callable[[Any], Any], *bad: Bad, when: str = "") -> None:
-        found.extend(Row(call, argument, without_values(run), one, when) for one in bad)
+        found.extend(Row(call, argument, without_values(run, when), one, when) for one in bad)
 
     for name, tx in TRANSFORMATIONS.items():
         add(name, LEAF, at_update(tx), *LEAVES)
@@ -1031,8 +1034,7 @@ def later() -> list[Row]:
     for name in OF_PARAMS:
         add(name, "params", with_params(TRANSFORMATIONS[name]), *WITHOUT)
         of_params = at_update_of_params(TRANSFORMATIONS[name])
-        whole = Bad(jnp.ones((3, 4), jnp.int32), TypeError, ("dtype int32", "floating"))
-        add(name, LEAF, of_params, whole, when="of the params")
+        add(name, LEAF, of_params, INTEGERS[0], when="of the params")
 
     for name, make in OPTIMIZERS.items():
         decayed = make(0.1, weight_decay=0.25)
@@ -1126,26 +1128,26 @@ def later() -> list[Row]:
         when="at init",
     )
     add("add_penalty", "params", with_params(soft), *WITHOUT)
-    no_scalars = {
-        "matrix": lambda w: w,
-        "vector": lambda w: jnp.sum(w)[None],
-        "complex": lambda w: jnp.sum(w) * 1j,
-        "pair": lambda w: (jnp.sum(w), w),
-        "none": lambda w: None,
-        "integer": lambda w: jnp.sum(w).astype(jnp.int32),
-        "float": lambda w: float(w.sum()),
-    }
-    for penalty in no_scalars.values():
+    no_scalars = (
+        lambda w: w,
+        lambda w: jnp.sum(w)[None],
+        lambda w: jnp.sum(w) * 1j,
+        lambda w: (jnp.sum(w), w),
+        lambda w: None,
+        lambda w: jnp.sum(w).astype(jnp.int32),
+        penalties.WithMemory(lambda w: jnp.zeros(()), lambda w, m: (w, m)),
+    )
+    for penalty in no_scalars:
         add("add_penalty", LEAF, with_penalty, Bad(penalty, TypeError, ()))
-    with_memory = penalties.WithMemory(lambda w: jnp.zeros(()), lambda w, m: (w, m))
-    add("add_penalty", LEAF, with_penalty, Bad(with_memory, TypeError, ()))
+    for penalty in (lambda w: float(w.sum()), lambda w: np.asarray(w).sum()):
+        add("add_penalty", LEAF, with_penalty, Bad(penalty, TypeError, ("racer",)))
 
     memories = {
         "warm_spectral_restricted_isometry": (MEMORY, 4),
         "warm_spectral_norm": (diagnostics.warm_spectral_norm(), 6),
     }
     for name, (memory, size) in memories.items():
-        add(name, "w", memory.init, *matrices().bad)
+        add(name, "w", memory.init, *matrices().bad, when="at init")
         add(name, "w", functools.partial(apply_to, memory, size), *matrices().bad)
         shapes = [
             Bad(struct(*shape), ValueError, (f"must have shape ({size},)", f"got {shape}"))
@@ -1189,6 +1191,18 @@ def later() -> list[Row]:
         lambda size: linalg.convolution_singular_values(jnp.ones((3, 3, 2, 4)), size, 2),
         circle,
     )
+    for name, words in {"dct": ("matrix", "fft"), "idct": ("matrix", "fft")}.items():
+        of_empty = functools.partial(getattr(linalg, name), jnp.ones((0, 4)))
+        bad = outside("FFT", says=words)
+        add(name, "method", lambda method, f=of_empty: f(method=method), *bad, when="empty")
+    of_row = functools.partial(linalg.polar, jnp.ones((1, 3)))
+    add("polar", "accuracy", of_row, *outside("best", says=("fast", "exact")), when="of a row")
+
+    def by_table(table: Any) -> Any:
+        tx = orthax.orthogonalize(linalg.newton_schulz, coefficients=table)
+        return tx.update(MATRIX, optax.EmptyState())
+
+    add("newton_schulz", "coefficients", by_table, *outside((), says=("three finite numbers",)))
     # One call stands for all that check a number or a dtype.
     add("clip_by_quantile", "quantile", orthax.clip_by_quantile, *wrong(np.asarray("0.5")))
     add("muon", "mu_dtype", lambda d: orthax.muon(0.1, mu_dtype=d), *wrong(jnp.ones(2)))

@@ -63,7 +63,9 @@ KNOWN = (
     ),
     (
         "integers among the params are not refused",
-        each("keep_orthogonal project_tangent keep_unit_neurons keep_norm", LEAF, ["Array([[1"]),
+        each(
+            "keep_orthogonal project_tangent keep_unit_neurons keep_norm", LEAF, ["int32[3, 4] of"]
+        ),
     ),
     (
         "says that complex numbers are accepted",
