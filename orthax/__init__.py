@@ -35,45 +35,17 @@ from orthax.transforms.shape_scale import (
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "AddPenaltyState",
-    "LowRankState",
-    "MatrixView",
-    "NormalizeNeuronsState",
-    "Packed",
-    "PathRules",
-    "ScaleByAdamPerIndexState",
-    "WithMemory",
-    "add_penalty",
-    "as_matrices",
-    "auon",
-    "clip_by_quantile",
-    "conv_penalties",
-    "dct_adamw",
-    "diagnostics",
-    "explain",
-    "hybrid_auon",
-    "keep_norm",
-    "keep_orthogonal",
-    "keep_unit_neurons",
-    "linalg",
-    "low_rank",
-    "muon",
-    "normalize_neurons",
-    "normuon",
-    "orthogonalize",
-    "partition_matrices",
-    "penalties",
-    "project_tangent",
-    "root",
-    "scale_by_adam_per_index",
-    "scale_by_adam_rms",
-    "scale_by_cosh_rms",
-    "scale_by_unit_rms",
-    "scale_by_width",
-    "scale_to_rms",
-    "trion",
+    "AddPenaltyState", "LowRankState", "MatrixView", "NormalizeNeuronsState", "Packed", "PathRules",
+    "ScaleByAdamPerIndexState", "WithMemory", "add_penalty", "as_matrices", "auon",
+    "clip_by_quantile", "conv_penalties", "dct_adamw", "diagnostics", "explain", "hybrid_auon",
+    "keep_norm", "keep_orthogonal", "keep_unit_neurons", "linalg", "low_rank", "muon",
+    "normalize_neurons", "normuon", "orthogonalize", "partition_matrices", "penalties",
+    "project_tangent", "root", "scale_by_adam_per_index", "scale_by_adam_rms", "scale_by_cosh_rms",
+    "scale_by_unit_rms", "scale_by_width", "scale_to_rms", "trion",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

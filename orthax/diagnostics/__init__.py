@@ -25,18 +25,13 @@ from orthax.diagnostics.measures import (
 )
 from orthax.diagnostics.monitoring import of_both, of_params, of_updates
 
+# fmt: off
 __all__ = [
-    "effective_rank",
-    "neuron_norm_spread",
-    "of_both",
-    "of_params",
-    "of_updates",
-    "orthogonality_error",
-    "singular_values",
-    "stable_rank",
-    "update_to_weight_ratio",
+    "effective_rank", "neuron_norm_spread", "of_both", "of_params", "of_updates",
+    "orthogonality_error", "singular_values", "stable_rank", "update_to_weight_ratio",
     "warm_spectral_norm",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

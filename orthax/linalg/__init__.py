@@ -17,29 +17,15 @@ from orthax.linalg.polar_factor.newton_schulz import newton_schulz
 from orthax.linalg.polar_factor.zolotarev import zolotarev
 from orthax.linalg.spectral import SpectralNorm, spectral_norm
 
+# fmt: off
 __all__ = [
-    "SpectralNorm",
-    "coefficients",
-    "convolution_matrix",
-    "convolution_singular_values",
-    "dct",
-    "dct_matrix",
-    "frobenius_norm",
-    "gram_newton_schulz",
-    "householder_factors",
-    "householder_product",
-    "householder_projector",
-    "householder_vectors",
-    "idct",
-    "nearest_orthogonal",
-    "newton_schulz",
-    "normalize",
-    "polar",
-    "polar_svd",
-    "spectral_norm",
-    "top_columns",
-    "zolotarev",
+    "SpectralNorm", "coefficients", "convolution_matrix", "convolution_singular_values", "dct",
+    "dct_matrix", "frobenius_norm", "gram_newton_schulz", "householder_factors",
+    "householder_product", "householder_projector", "householder_vectors", "idct",
+    "nearest_orthogonal", "newton_schulz", "normalize", "polar", "polar_svd", "spectral_norm",
+    "top_columns", "zolotarev",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

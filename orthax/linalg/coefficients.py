@@ -11,18 +11,12 @@ from types import MappingProxyType
 from orthax.linalg.polar_factor.shape_tables import for_shape
 from orthax.linalg.polar_factor.tables import Row, Table, minimax, scalar_map
 
+# fmt: off
 __all__ = [
-    "CANS",
-    "DION",
-    "MUON",
-    "POLAR_EXPRESS",
-    "ROOT",
-    "Row",
-    "Table",
-    "for_shape",
-    "minimax",
+    "CANS", "DION", "MUON", "POLAR_EXPRESS", "ROOT", "Row", "Table", "for_shape", "minimax",
     "scalar_map",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

@@ -33,23 +33,17 @@ def auon(
     gamma**2 / (2 fan_in fan_out).
 
     Args:
-      learning_rate: Number or schedule. With the default mode and shape scale, AdamW's values carry
-        over.
-      momentum: As in `orthax.muon`. With `mode="code"` a number is the decay of an average, as in
-        the repository: the direction is `1 - momentum` times the trace. A transformation is taken
-        as it is.
+      learning_rate: Number or schedule.
+      momentum: A number in [0, 1), or a transformation. With `mode="code"` a number is the decay of
+        an average, as in the repository: the direction is `1 - momentum` times the trace.
       gamma: Factor in the cosh, at least 0.
       mode: As in `orthax.scale_by_cosh_rms`. "code" does not normalise: the repository's update is
         `mode="code", gamma=1.5, shape_scale=optax.identity()`, with learning rates near SGD's. In
         `optax.inject_hyperparams`, list it in `static_args`.
-      nesterov: As in `orthax.muon`, and so are all that follow.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
       shape_scale: Transformation of matrices. The default gives a direction of unit norm the RMS
         0.2 of Adam's updates; "rms" divides that by its R, 2.05 for normal entries at gamma 1.
-      fallback: Transformation for all other leaves.
-      dimension_numbers: Which leaves are matrices and how.
-      mu_dtype: Dtype of the momentum.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.
@@ -58,12 +52,6 @@ def auon(
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range.
       TypeError: As `orthax.muon`.
-
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.auon(1e-3)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
 
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.

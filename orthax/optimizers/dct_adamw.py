@@ -54,13 +54,12 @@ def dct_adamw(
       update_every: Updates between choices of the subspace.
       bias_correction: "per_index" knows how long each column has been in use; "global", the
         paper's, counts all updates, so that the first step of a new column is 3.2 times too long.
-      weight_decay: As in `orthax.muon`, and so are all that follow.
-      mask: Which leaves decay.
       fallback: Transformation for all other leaves; None: AdamW with the same arguments.
-      dimension_numbers: Which leaves are matrices and how.
       mu_dtype: Dtype of first moments.
-      buffer_dtype: Of the error feedback: None (the gradient's; float32 for float16), a dtype, or
-        "int8" or "int4" for so many bits an entry.
+      buffer_dtype: Of the error feedback: None (the params'), a dtype, or "int8" or "int4" for so
+        many bits an entry.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
@@ -69,12 +68,6 @@ def dct_adamw(
     Raises:
       ValueError: As `orthax.low_rank`, for unknown `bias_correction`, decays outside [0, 1).
       TypeError: As `orthax.low_rank`.
-
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.dct_adamw(1e-3, rank=2)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
 
     Reference:
       Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>.

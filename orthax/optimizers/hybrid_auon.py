@@ -39,19 +39,15 @@ def hybrid_auon(
     Args:
       learning_rate: Number or schedule. With the default shape scale updates have 0.2 times that
         norm as RMS, up to 3.4 times AdamW's: AdamW's rates have to be lowered.
-      momentum: As in `orthax.muon`; its scale does not matter.
+      momentum: A number in [0, 1), or a transformation; its scale does not matter.
       gamma: Factor in the cosh, at least 0.
       steps: Number of Newton-Schulz steps, at least 1; the paper's is 1, the repository's 5. In
         `optax.inject_hyperparams`, list it in `static_args`.
-      nesterov: As in `orthax.muon`, and so are all that follow.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
       shape_scale: Transformation of matrices. The default is for a direction of about unit norm;
         after five steps the direction is nearly orthogonal and `scale_by_adam_rms()` fits. The
         repository's update is `gamma=1.5, shape_scale=optax.identity()`.
-      fallback: Transformation for all other leaves.
-      dimension_numbers: Which leaves are matrices and how.
-      mu_dtype: Dtype of the momentum.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.
@@ -60,12 +56,6 @@ def hybrid_auon(
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `steps` out of range.
       TypeError: As `orthax.muon`, and for `steps` that are no integer.
-
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.hybrid_auon(1e-3)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
 
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.

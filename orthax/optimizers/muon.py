@@ -36,9 +36,11 @@ def muon(
       learning_rate: Number or schedule. With the default shape scale, AdamW's values carry over.
       momentum: A number in [0, 1) for `optax.trace`, or a transformation taken as it is.
       nesterov: Whether a number `momentum` looks ahead, as Keller Jordan's code does.
-      weight_decay: Decoupled decay, a number or schedule, multiplied by the learning rate. With the
-        Python number 0 `update` needs no params.
-      mask: Tree of bools, or a callable to one: which leaves decay.
+      weight_decay: Decoupled decay, multiplied by the learning rate: a number, a schedule, or a
+        transformation in the place of `optax.add_decayed_weights`. The default fallback has it too.
+        With the Python number 0 `update` needs no params.
+      mask: Which leaves decay, as in `optax.masked`: a tree of bools, or a callable to one that
+        sees the whole tree.
       orthogonalizer: Transformation of matrices, `orthax.orthogonalize(...)`.
       shape_scale: Transformation of matrices: `scale_by_adam_rms` (update RMS 0.2),
         `scale_by_width` (the original Muon; learning rates near 0.02), `scale_by_unit_rms`,
@@ -74,12 +76,13 @@ def muon(
     check.transformation("muon: orthogonalizer", orthogonalizer)
     check.transformation("muon: shape_scale", shape_scale)
     trace = momentum_step("muon", momentum, nesterov, mu_dtype)
-    direction = optax.chain(orthogonalizer, shape_scale)
+    direction = optax.chain(orthogonalizer, shape_scale)  # of matrices
     adam = optax.scale_by_adam(mu_dtype=mu_dtype)
     decay = decay_step("muon", weight_decay)
     rate = rate_step("muon", learning_rate)
 
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
+        # M <- mu M + G in the leaf's own shape; s polar(M) of its matrices; + lambda W; times -eta
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
     def others(leaves: DecidedLeaves) -> optax.GradientTransformation:

@@ -34,18 +34,13 @@ def normuon(
     than inputs.
 
     Args:
-      learning_rate: Number or schedule. With the default shape scale, AdamW's values carry over.
-      momentum: As in `orthax.muon`.
+      learning_rate: Number or schedule.
+      momentum: A number in [0, 1), or a transformation.
       decay: Decay of the per-neuron second moment, in [0, 1).
-      nesterov: As in `orthax.muon`, and so are all that follow.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
-      orthogonalizer: Transformation of matrices.
       shape_scale: Transformation of matrices. `scale_by_width` is the official code's,
         `scale_to_rms` the paper's.
-      fallback: Transformation for all other leaves.
-      dimension_numbers: Which leaves are matrices and how.
-      mu_dtype: Dtype of the momentum.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.
@@ -55,18 +50,13 @@ def normuon(
       ValueError: As `orthax.muon`, and for `decay` outside [0, 1).
       TypeError: As `orthax.muon`.
 
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.normuon(1e-3)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
-
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>.
     """
     check.transformation("normuon: orthogonalizer", orthogonalizer)
     check.transformation("normuon: shape_scale", shape_scale)
     trace = momentum_step("normuon", momentum, nesterov, mu_dtype)
+    # Algorithm 1: orthogonalised momentum, its neurons evened, and the size of a step.
     direction = optax.chain(orthogonalizer, normalize_neurons(decay), shape_scale)
     adam = optax.scale_by_adam(mu_dtype=mu_dtype)
     weights_decay = decay_step("normuon", weight_decay)

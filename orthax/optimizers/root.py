@@ -37,18 +37,13 @@ def root(
     distorts momentum without outliers too: `quantile=1` leaves it out.
 
     Args:
-      learning_rate: Number or schedule. With the default shape scale, AdamW's values carry over.
-      momentum: As in `orthax.muon`.
+      learning_rate: Number or schedule.
+      momentum: A number in [0, 1), or a transformation.
       quantile: Part of each matrix's entries that are not clipped, in [0, 1].
-      nesterov: As in `orthax.muon`, and so are all that follow.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
-      orthogonalizer: Transformation of matrices. The paper repeats one triple for each of a few
-        shapes, `coefficients.ROOT`, and Muon's for all others.
-      shape_scale: Transformation of matrices.
-      fallback: Transformation for all other leaves.
-      dimension_numbers: Which leaves are matrices and how.
-      mu_dtype: Dtype of the momentum.
+      orthogonalizer: Transformation of matrices. The default fits the step table to each shape,
+        which is what the paper's AdaNewton does.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.
@@ -58,18 +53,13 @@ def root(
       ValueError: As `orthax.muon`, and for `quantile` outside [0, 1].
       TypeError: As `orthax.muon`.
 
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.root(1e-3)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
-
     Reference:
       He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
     check.transformation("root: orthogonalizer", orthogonalizer)
     check.transformation("root: shape_scale", shape_scale)
     trace = momentum_step("root", momentum, nesterov, mu_dtype)
+    # What soft thresholding takes off the momentum is left to be orthogonalised.
     direction = optax.chain(clip_by_quantile(quantile), orthogonalizer, shape_scale)
     adam = optax.scale_by_adam(mu_dtype=mu_dtype)
     decay = decay_step("root", weight_decay)

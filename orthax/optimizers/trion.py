@@ -48,13 +48,10 @@ def trion(
         uses "dct3" for fan_in <= fan_out and "dct" for all others.
       ranking: Norm by which columns are chosen; the paper's code uses "l1".
       update_every: Updates between choices of the subspace.
-      weight_decay: As in `orthax.muon`, and so are all that follow.
-      mask: Which leaves decay.
       orthogonalizer: Transformation of matrices, here of rank r.
-      shape_scale: Transformation of matrices; sees the whole shape.
-      fallback: Transformation for all other leaves.
-      dimension_numbers: Which leaves are matrices and how.
       mu_dtype: Dtype of the momentum, or "int8" or "int4" for so many bits an entry.
+
+    All other arguments are as in `orthax.muon`.
 
     Returns:
       The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
@@ -63,12 +60,6 @@ def trion(
     Raises:
       ValueError: As `orthax.muon` and `orthax.low_rank`.
       TypeError: As these.
-
-    Example:
-      >>> import jax.numpy as jnp, orthax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
-      >>> optimizer = orthax.trion(1e-3, rank=2)
-      >>> updates, state = optimizer.update(params, optimizer.init(params))
 
     Reference:
       Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, Algorithm 1.

@@ -17,15 +17,12 @@ from orthax.penalties.isometry import (
     warm_spectral_restricted_isometry,
 )
 
+# fmt: off
 __all__ = [
-    "WithMemory",
-    "double_soft_orthogonality",
-    "lambda_orthogonality",
-    "mutual_coherence",
-    "soft_orthogonality",
-    "spectral_restricted_isometry",
-    "warm_spectral_restricted_isometry",
+    "WithMemory", "double_soft_orthogonality", "lambda_orthogonality", "mutual_coherence",
+    "soft_orthogonality", "spectral_restricted_isometry", "warm_spectral_restricted_isometry",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import tolerances
 from helpers import normal
 
 from orthax.linalg import dct, dct_matrix, idct
-from orthax.linalg._dct import FFT_FROM, LONGEST, dct_columns
+from orthax.linalg.bases.cosine import FFT_FROM, LONGEST, dct_columns
 
 SIZES = [1, 2, 3, 5, 8, 24, 33, 256, 257]
 METHODS = ["matrix", "fft"]

@@ -12,7 +12,8 @@ import oracles
 import pytest
 import scipy.linalg
 
-from orthax.linalg import _shape_tables, coefficients, newton_schulz
+from orthax.linalg import coefficients, newton_schulz
+from orthax.linalg.polar_factor import shape_tables
 
 # Huawei Noah's Ark Lab, ROOT, the table in the paper's code.
 ROOT = {
@@ -339,15 +340,15 @@ def test_a_table_depends_on_the_shape():
 @pytest.mark.parametrize("shape", [*ROOT, (128, 128), (768, 3072), (4096, 11008)])
 def test_shipped_tables_are_what_fitting_gives(shape, monkeypatch):
     shipped = coefficients.for_shape(*shape)
-    monkeypatch.setattr(_shape_tables, "NUMBERS", {})
-    _shape_tables._without_spectra.cache_clear()
+    monkeypatch.setattr(shape_tables, "NUMBERS", {})
+    shape_tables._without_spectra.cache_clear()
     np.testing.assert_allclose(coefficients.for_shape(*shape), shipped, rtol=1e-5)
-    _shape_tables._without_spectra.cache_clear()
+    shape_tables._without_spectra.cache_clear()
 
 
 def test_common_shapes_are_looked_up(monkeypatch):
-    monkeypatch.setattr(_shape_tables, "fit", None)
-    _shape_tables._without_spectra.cache_clear()
+    monkeypatch.setattr(shape_tables, "fit", None)
+    shape_tables._without_spectra.cache_clear()
     assert len(coefficients.for_shape(8192, 2048)) == 5
 
 

@@ -9,7 +9,7 @@ import pytest
 import tolerances
 
 from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz
-from orthax.linalg._gram import best_restarts
+from orthax.linalg.polar_factor.gram import best_restarts
 
 TABLES = {
     "muon": oracles.MUON_TABLE,

@@ -9,7 +9,7 @@ import scipy.linalg
 import tolerances
 from helpers import normal
 
-from orthax.linalg._hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
+from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
 
 
 def is_prime(q):

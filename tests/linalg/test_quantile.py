@@ -7,7 +7,7 @@ import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthax.linalg._quantile import quantile_of_magnitude
+from orthax.linalg.quantile import quantile_of_magnitude
 
 SHAPES = [(40, 16), (1, 9), (9, 1), (1, 1), (3, 8, 12), (2, 2, 5, 4)]
 QUANTILES = (0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1.0)

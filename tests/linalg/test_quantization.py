@@ -6,7 +6,7 @@ import pytest
 import tolerances
 from helpers import normal
 
-from orthax.linalg._quantization import dequantize, quantize
+from orthax.linalg.quantization import dequantize, quantize
 
 SHAPES = [(24, 40), (40, 17), (1, 9), (3, 8, 12), (2, 2, 5, 7)]
 by_bits = pytest.mark.parametrize("bits", [8, 4])

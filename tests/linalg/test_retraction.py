@@ -7,7 +7,7 @@ import oracles
 import pytest
 import tolerances
 
-import orthax.linalg._retraction
+import orthax.linalg.polar_factor.nearest
 from orthax.linalg import nearest_orthogonal
 
 nearest = jax.jit(nearest_orthogonal)
@@ -158,7 +158,7 @@ def a_single_step(monkeypatch):
 
     def run(x):
         with monkeypatch.context() as patched:
-            patched.setattr(orthax.linalg._retraction, "MAX_STEPS", 1)
+            patched.setattr(orthax.linalg.polar_factor.nearest, "MAX_STEPS", 1)
             return compiled(x)
 
     return run
@@ -186,7 +186,7 @@ def test_others_take_more(shape, a_single_step):
 )
 def test_the_number_of_steps_is_about_four_for_a_factor_of_ten(x, most, monkeypatch):
     expected = nearest(x)
-    monkeypatch.setattr(orthax.linalg._retraction, "MAX_STEPS", most)
+    monkeypatch.setattr(orthax.linalg.polar_factor.nearest, "MAX_STEPS", most)
     np.testing.assert_array_equal(jax.jit(lambda x: nearest_orthogonal(x))(x), expected)
 
 

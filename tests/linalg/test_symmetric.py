@@ -5,7 +5,8 @@ import pytest
 import tolerances
 from helpers import normal
 
-from orthax.linalg._symmetric import LEAF, WHOLE, gram, inverse, symmetric_product
+from orthax.linalg.elementary import gram, symmetric_product
+from orthax.linalg.polar_factor.zolotarev import LEAF, WHOLE, inverse
 
 DTYPES = [np.float32, np.complex64]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)

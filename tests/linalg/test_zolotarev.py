@@ -8,7 +8,7 @@ import pytest
 import tolerances
 
 from orthax.linalg import zolotarev
-from orthax.linalg._zolotarev import least_stable_lower, sign_function
+from orthax.linalg.polar_factor.zolotarev import least_stable_lower, sign_function
 
 SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9)]
 EPS = tolerances.eps(np.float32)

@@ -11,8 +11,8 @@ from helpers import array_bytes, normal_tree
 from paths import updates_of
 
 import orthax
+from orthax import LowRankState
 from orthax.linalg import coefficients, newton_schulz, polar_svd
-from orthax.transforms.low_rank import LowRankState
 
 # Flax kernels (fan_in, fan_out); sizes that have Hadamard matrices.
 SHAPES = {"expanding": (16, 24), "contracting": (24, 16), "square": (16, 16), "layers": (2, 8, 12)}
