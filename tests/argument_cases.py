@@ -56,19 +56,23 @@ class Argument:
       bad: What is refused.
       good: What is accepted, first something ordinary.
       traced: Whether it is a number whose value may be unknown.
+      static: Whether it is a number whose value must be known.
       then: Called with the result, where only that refuses.
     """
 
     bad: tuple[Bad, ...]
     good: tuple[Any, ...] = ()
     traced: bool = False
+    static: bool = False
     then: Callable[[Any], Any] = lambda result: result
 
     def but(self, *, bad: Any = (), good: Any = (), none: bool = False, then: Any = None):
         """The same with more values; with `none`, None is accepted."""
         kept = tuple(b for b in self.bad if not (none and b.value is None))
         more = ((None,) if none else ()) + tuple(good)
-        return Argument((*kept, *bad), self.good + more, self.traced, then or self.then)
+        return dataclasses.replace(
+            self, bad=(*kept, *bad), good=self.good + more, then=then or self.then
+        )
 
 
 class Call(NamedTuple):
@@ -95,16 +99,19 @@ class Row(NamedTuple):
       argument: Its name, or the path of a leaf, as messages have it.
       run: Function of the value.
       bad: The value and what is said of it.
+      when: It is refused, where not at once.
     """
 
     call: str
     argument: str
     run: Callable[[Any], Any]
     bad: Bad
+    when: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.call}-{self.argument}-{label_of(self.bad.value)}"
+        label = f"{self.call}-{self.argument}-{label_of(self.bad.value)}"
+        return f"{label} {self.when}" if self.when else label
 
 
 def label_of(value: Any) -> str:
@@ -150,17 +157,18 @@ def number(interval: str, also: str = "", *, none: bool = False, static: bool = 
     if static:
         bad += (Bad(struct(), TypeError, says),)
     beyond: list[Any] = [NAN]
-    good = [inside, np.float32(inside), np.asarray(inside), jnp.float32(inside)]
+    good = [inside, np.float32(inside), np.asarray(inside)]
+    good += [] if static else [jnp.float32(inside)]
     for end, included, step in (low, interval[0] == "[", -1), (high, interval[-1] == "]", 1):
         if included:
-            good += [end, np.float32(end), np.asarray(end, np.float32)]
+            good += [end, np.float32(end)]
         else:
             beyond.append(end)  # infinity too, where only finite numbers are accepted
         if math.isfinite(end):
             beyond += [end + step, (jnp if step > 0 else np).float32(end + step)]
             good += [int(end)] if included else []
-    argument = Argument(bad + outside(*beyond, says=says), tuple(good), traced=not static)
-    return argument.but(none=none)
+    bad += outside(*beyond, says=says)
+    return Argument(bad, tuple(good), traced=not static, static=static).but(none=none)
 
 
 def schedule(interval: str) -> Argument:
@@ -241,9 +249,9 @@ def table() -> Argument:
     """The coefficients of Newton-Schulz steps."""
     says = ("three finite numbers (a, b, c)",)
     letters, truths = (("1", "2", "3"),), ((True, False, True),)
-    bad = wrong("muon", None, 3.4, letters, truths, (3.4, -4.7, 2.0), ((1j, 1.0, 2.0),), says=says)
+    bad = wrong("muon", None, letters, truths, ((1j, 1.0, 2.0),), says=says)
     ragged = ((3.4, -4.7, 2.0), (1.5, -0.5))
-    bad += outside((), ((1.5, -0.5),), ragged, ((1.0, NAN, 0.0),), says=says)
+    bad += outside((), (3.4, -4.7, 2.0), ((1.5, -0.5),), ragged, ((1.0, NAN, 0.0),), says=says)
     return Argument(bad, (coefficients.MUON, [[1, 2, 3]], np.ones((1, 3)), [np.ones(3)]))
 
 
@@ -684,13 +692,13 @@ CALLS = (
         "householder_projector",
         linalg.householder_projector,
         {"u": TALL, "v": TALL},
-        u=matrices(tall=True, real=True).but(
+        u=Argument(matrices(tall=True, real=True).bad, (TALL,)).but(
             bad=[
                 Bad(struct(*shape), ValueError, (f"got shapes {shape} and (4, 3)",), "u and v")
                 for shape in ((4, 2), (2, 4, 3))
             ]
         ),
-        v=matrices(tall=True, real=True),
+        v=Argument(matrices(tall=True, real=True).bad, (TALL, struct(5, 3))),
     ),
     call(
         "householder_factors",
@@ -959,19 +967,32 @@ WITHOUT = (Bad(None, ValueError, ("update needs params",)),)
 FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
 
 
-def without_values(run: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """The function run as if its arrays had no values, so that nothing is compiled."""
+def without_values(run: Callable[[Any], Any], when: str) -> Callable[[Any], None]:
+    """The function run without compiling anything; a struct is traced, but stays one at `init`."""
 
     def traced(value: Any) -> None:
-        jax.eval_shape(lambda: (run(value), ())[1])
+        if isinstance(value, jax.ShapeDtypeStruct) and when != "at init":
+            jax.eval_shape(lambda value: (run(value), ())[1], value)
+        else:
+            jax.eval_shape(lambda: (run(value), ())[1])
 
     return traced
 
 
 def at_update(transformation: Any) -> Callable[[Any], Any]:
-    """Function of a leaf of updates and params."""
+    """Function of a leaf of updates and params; the state knows of no leaf yet."""
     state = transformation.init({})
     return lambda leaf: transformation.update(tree_of(leaf), state, tree_of(leaf))
+
+
+def after_init(transformation: Any) -> Callable[[Any], Any]:
+    """Function of a leaf of updates and params, that the state knows."""
+
+    def run(leaf: Any) -> Any:
+        tree = tree_of(leaf)
+        return transformation.update(tree, transformation.init(tree), tree)
+
+    return run
 
 
 def at_init(transformation: Any) -> Callable[[Any], Any]:
@@ -1003,28 +1024,29 @@ def transposed(groups: Any) -> Any:
 def later() -> list[Row]:
     found: list[Row] = []
 
-    def add(call: str, argument: str, run: Callable[[Any], Any], *bad: Bad) -> None:
-        found.extend(Row(call, argument, without_values(run), one) for one in bad)
+    def add(call: str, argument: str, run: Callable[[Any], Any], *bad: Bad, when: str = "") -> None:
+        found.extend(Row(call, argument, without_values(run, when), one, when) for one in bad)
 
     for name, tx in TRANSFORMATIONS.items():
         add(name, LEAF, at_update(tx), *LEAVES)
     for name in WITH_STATE:
-        add(name, LEAF, at_init(TRANSFORMATIONS[name]), *LEAVES)
+        add(name, LEAF, at_init(TRANSFORMATIONS[name]), *LEAVES, when="at init")
     for name in OF_PARAMS:
         add(name, "params", with_params(TRANSFORMATIONS[name]), *WITHOUT)
-        add(name, LEAF, at_update_of_params(TRANSFORMATIONS[name]), *INTEGERS)
+        of_params = at_update_of_params(TRANSFORMATIONS[name])
+        add(name, LEAF, of_params, INTEGERS[0], when="of the params")
 
     for name, make in OPTIMIZERS.items():
         decayed = make(0.1, weight_decay=0.25)
         words = ("weight_decay=0.25", "update needs params")
         add(name, "params", with_params(decayed), Bad(None, ValueError, words))
-        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED)
+        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, when="at init")
     both = orthax.partition_matrices(optax.identity(), optax.identity())
     alone = orthax.as_matrices(optax.identity())
     vector = Bad(struct(4), ValueError, ("with shape (4,)", "not a matrix", "fewer than two axes"))
-    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED)
-    for run in (at_init(alone), at_update(alone)):
-        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector)
+    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED, when="at init")
+    for when, run in {"at init": at_init(alone), "at update": at_update(alone)}.items():
+        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector, when=when)
     sent = orthax.as_matrices(optax.identity(), orthax.PathRules((("dense", None),)))
     add("as_matrices", LEAF, at_update(sent), Bad(TALL, ValueError, ("not a matrix", "'dense'")))
     for name in ("partition_matrices: matrices", "partition_matrices: rest"):
@@ -1034,19 +1056,20 @@ def later() -> list[Row]:
         def building(found: Any, part: str = part, parts: Any = parts) -> Any:
             return orthax.partition_matrices(**{**parts, part: lambda leaves: found}).init(KERNELS)
 
-        add(call, part, building, *wrong(3, None, says=("transformation",)))
+        add(call, part, building, *wrong(3, None, says=("transformation",)), when="made")
     add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS)
 
     measures = (diagnostics.of_updates, diagnostics.of_params, diagnostics.of_both)
     for make in measures[1:]:
         add(make.__name__, "params", with_params(make(half_way)), *WITHOUT)
     for make in measures:
-
-        def measured(leaf: Any, make: Any = make) -> Any:
-            tx = optax.monitor({"x": make(half_way)})
-            return tx.update(tree_of(leaf), tx.init(tree_of(leaf)), tree_of(leaf))
-
-        add(make.__name__, LEAF, measured, *INTEGERS, UNDECIDED)
+        add(
+            make.__name__,
+            LEAF,
+            after_init(optax.monitor({"x": make(half_way)})),
+            *INTEGERS,
+            UNDECIDED,
+        )
 
     for name, make in WITH_RANK.items():
 
@@ -1057,7 +1080,7 @@ def later() -> list[Row]:
         add(name, "rank", ranked, *wrong(2.5, True, None, "2", says=says))
         add(name, "rank", ranked, *outside(0, -3, says=says))
         odd = Bad(struct(6, 16), ValueError, ("Hadamard matrix of size 6", "12, 20, 24"))
-        add(name, LEAF, at_init(make(rank=2, basis="hadamard")), odd)
+        add(name, LEAF, at_init(make(rank=2, basis="hadamard")), odd, when="at init")
 
     def ranked_at_update(found: Any) -> Any:
         state = orthax.low_rank(optax.trace(0.9), 2).init(MATRIX)
@@ -1069,14 +1092,14 @@ def later() -> list[Row]:
         keeping = orthax.low_rank(optax.identity(), 2, retain=0.5, buffer_dtype=buffer)
         waves = struct(3, 4, dtype=jnp.complex64)
         words = ("complex", f"buffer_dtype={buffer!r}")
-        add("low_rank", LEAF, at_init(keeping), Bad(waves, TypeError, words))
+        add("low_rank", LEAF, at_init(keeping), Bad(waves, TypeError, words), when="at init")
 
     def inside(inner: Any) -> Any:
         return orthax.low_rank(inner, 2).init(MATRIX)
 
     follow = ("state of inner", "cannot follow a change of subspace")
     for inner in (FACTORED, optax.chain(optax.trace(0.9), FACTORED)):
-        words = ("v_row'", "state of inner", LEAF, "can follow a change of subspace")
+        words = ("v_row", "state of inner", LEAF, "can follow a change of subspace")
         add("low_rank", "inner", inside, Bad(inner, ValueError, words))
     add("low_rank", "inner", inside, Bad(optax.flatten(optax.trace(0.9)), ValueError, follow))
 
@@ -1092,33 +1115,39 @@ def later() -> list[Row]:
     by_rule = orthax.PathRules(((".", penalties.soft_orthogonality),))
     way_out = ("mask", "orthax.PathRules")
     two_axes = ("soft_orthogonality: w has shape (2,)", *way_out)
-    integers = ("soft_orthogonality: w has dtype int32", *way_out)
+    integers = ("int32", *way_out)
     flat, whole = jnp.ones(2), jnp.ones((2, 2), jnp.int32)
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
-        add("add_penalty", LEAF, at_update(tx), Bad(flat, ValueError, two_axes))
-    add("add_penalty", LEAF, at_update(soft), Bad(whole, TypeError, integers))
-    add("add_penalty", LEAF, at_init(warm), Bad(struct(2), ValueError, ("shape (2,)", *way_out)))
+        add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
+    add("add_penalty", LEAF, after_init(soft), Bad(whole, TypeError, integers))
+    add(
+        "add_penalty",
+        LEAF,
+        at_init(warm),
+        Bad(struct(2), ValueError, ("shape (2,)", *way_out)),
+        when="at init",
+    )
     add("add_penalty", "params", with_params(soft), *WITHOUT)
-    no_scalars = {
-        "matrix": lambda w: w,
-        "vector": lambda w: jnp.sum(w)[None],
-        "complex": lambda w: jnp.sum(w) * 1j,
-        "pair": lambda w: (jnp.sum(w), w),
-        "none": lambda w: None,
-        "integer": lambda w: jnp.sum(w).astype(jnp.int32),
-        "float": lambda w: float(w.sum()),
-    }
-    for penalty in no_scalars.values():
+    no_scalars = (
+        lambda w: w,
+        lambda w: jnp.sum(w)[None],
+        lambda w: jnp.sum(w) * 1j,
+        lambda w: (jnp.sum(w), w),
+        lambda w: None,
+        lambda w: jnp.sum(w).astype(jnp.int32),
+        penalties.WithMemory(lambda w: jnp.zeros(()), lambda w, m: (w, m)),
+    )
+    for penalty in no_scalars:
         add("add_penalty", LEAF, with_penalty, Bad(penalty, TypeError, ()))
-    with_memory = penalties.WithMemory(lambda w: jnp.zeros(()), lambda w, m: (w, m))
-    add("add_penalty", LEAF, with_penalty, Bad(with_memory, TypeError, ()))
+    for penalty in (lambda w: float(w.sum()), lambda w: np.asarray(w).sum()):
+        add("add_penalty", LEAF, with_penalty, Bad(penalty, TypeError, ("racer",)))
 
     memories = {
         "warm_spectral_restricted_isometry": (MEMORY, 4),
         "warm_spectral_norm": (diagnostics.warm_spectral_norm(), 6),
     }
     for name, (memory, size) in memories.items():
-        add(name, "w", memory.init, *matrices().bad)
+        add(name, "w", memory.init, *matrices().bad, when="at init")
         add(name, "w", functools.partial(apply_to, memory, size), *matrices().bad)
         shapes = [
             Bad(struct(*shape), ValueError, (f"must have shape ({size},)", f"got {shape}"))
@@ -1128,11 +1157,12 @@ def later() -> list[Row]:
         add(name, "vector", functools.partial(memory.apply, jnp.ones((4, 6))), *shapes, *kinds)
 
     two = Bad(2, ValueError, ("transposed layer has one group", "groups=2"))
-    add("convolution_orthogonality", "groups", transposed, two, *wrong("2", 2.0, None))
+    bad = two, *wrong("2", 2.0, None)
+    add("convolution_orthogonality", "groups", transposed, *bad, when="transposed")
 
     for function in (linalg.top_columns, linalg.householder_factors):
         of_empty = functools.partial(function, jnp.ones((3, 0)))
-        add(function.__name__, "rank", of_empty, *outside(1, says=("[1, 0]",)))
+        add(function.__name__, "rank", of_empty, *outside(1, says=("[1, 0]",)), when="empty")
 
     exists = conv_penalties.orthogonal_convolution_exists
     one_axis = padding(1)
@@ -1161,6 +1191,18 @@ def later() -> list[Row]:
         lambda size: linalg.convolution_singular_values(jnp.ones((3, 3, 2, 4)), size, 2),
         circle,
     )
+    for name, words in {"dct": ("matrix", "fft"), "idct": ("matrix", "fft")}.items():
+        of_empty = functools.partial(getattr(linalg, name), jnp.ones((0, 4)))
+        bad = outside("FFT", says=words)
+        add(name, "method", lambda method, f=of_empty: f(method=method), *bad, when="empty")
+    of_row = functools.partial(linalg.polar, jnp.ones((1, 3)))
+    add("polar", "accuracy", of_row, *outside("best", says=("fast", "exact")), when="of a row")
+
+    def by_table(table: Any) -> Any:
+        tx = orthax.orthogonalize(linalg.newton_schulz, coefficients=table)
+        return tx.update(MATRIX, optax.EmptyState())
+
+    add("newton_schulz", "coefficients", by_table, *outside((), says=("three finite numbers",)))
     # One call stands for all that check a number or a dtype.
     add("clip_by_quantile", "quantile", orthax.clip_by_quantile, *wrong(np.asarray("0.5")))
     add("muon", "mu_dtype", lambda d: orthax.muon(0.1, mu_dtype=d), *wrong(jnp.ones(2)))
