@@ -22,7 +22,8 @@ from orthax.transforms.constraints import (
     project_tangent,
 )
 from orthax.transforms.cosh import scale_by_cosh_rms
-from orthax.transforms.low_rank.projection import LowRankState, low_rank
+from orthax.transforms.low_rank.projection import LowRankState
+from orthax.transforms.low_rank.transformation import low_rank
 from orthax.transforms.normalize import NormalizeNeuronsState, normalize_neurons
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.penalty import AddPenaltyState, add_penalty

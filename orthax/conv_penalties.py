@@ -216,7 +216,7 @@ def orthogonal_convolution_exists(
 
 def _exchange_channels(call: str, kernel: jax.Array, groups: int) -> jax.Array:
     """Kernel of the convolution whose transpose is the layer, but for a reflection."""
-    if groups != 1:
+    if check.integer(f"{call}: groups", groups) != 1:
         raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
     return jnp.swapaxes(kernel, -1, -2)
 

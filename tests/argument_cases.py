@@ -211,7 +211,7 @@ def function(accepted: str = "must be a function of matrices") -> Argument:
 
 
 def dtype(*names: str, none: bool = True) -> Argument:
-    accepted = ", ".join(["a floating dtype", *map(repr, names)])
+    accepted = ", ".join(["floating dtype", *map(repr, names)])
     bad = wrong(8, "half a byte", 1.5, True, says=(accepted,))
     known = [x for x in (jnp.int32, "uint8", bool, np.dtype("int64")) if x not in names]
     good = ("float32", jnp.bfloat16, np.dtype("float16"), *names)

@@ -70,7 +70,7 @@ two_passes = functools.partial(zolotarev, passes=2)
 
 def is_matrix(tree: Any) -> Any:
     """A mask of the leaves with two axes or more."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    return jax.tree.map(lambda leaf: np.ndim(leaf) > 1, tree)
 
 
 def optimizer(name: str, factory: Callable[..., Any], *numbers: str, **kwargs: Any) -> Case:

@@ -6,7 +6,6 @@ Values of tracers are not known, so a tracer of a number passes as a number.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeGuard
 
@@ -29,13 +28,13 @@ def number(
       x: What came.
       interval: The accepted numbers; NaN is in none.
       alternative: What else is accepted and was ruled out already, such as " or a schedule".
-      static: Whether the value must be known while tracing.
+      static: Whether the value must be known while tracing; then it is a float that comes back.
     """
     if not is_number(x) or (static and isinstance(x, Tracer)):
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)
     if not isinstance(x, Tracer) and not _lies_in(float(x), interval):
         _refuse(ValueError, where, f"a number in {interval}{alternative}", x)
-    return x
+    return float(x) if static else x
 
 
 def integer(where: str, x: Any, interval: str = "[1, inf)") -> int:
@@ -68,9 +67,11 @@ def number_or_schedule(where: str, x: Any, interval: str) -> Any:
     return x if callable(x) else number(where, x, interval, alternative=" or a schedule")
 
 
-def function(where: str, x: Any, accepted: str = "a function of matrices") -> None:
-    """Raises unless `x` can be called."""
-    if not callable(x):
+def function(
+    where: str, x: Any, accepted: str = "a function of matrices", parts: Sequence[Any] = ()
+) -> None:
+    """Raises unless `x`, or each of its parts, can be called."""
+    if not all(map(callable, parts or (x,))):
         _refuse(TypeError, where, accepted, x)
 
 
@@ -80,24 +81,43 @@ def transformation(where: str, x: Any) -> None:
         _refuse(TypeError, where, "an optax transformation, such as optax.identity()", x)
 
 
-def floating_dtype(where: str, x: Any, *, names: Sequence[str] = ()) -> None:
-    """Raises unless `x` is None, a floating dtype or one of some names."""
-    if x is None or (isinstance(x, str) and x in names):
-        return
-    accepted = ", ".join(["None", "a floating dtype", *map(repr, names)])
+def numbers(where: str, x: Any, accepted: str) -> np.ndarray:
+    """Real numbers on the host as a float64 array, or an error if they are none."""
     try:
-        floating = jnp.issubdtype(jnp.dtype(x), jnp.inexact)
+        array = np.asarray(x)
+    except ValueError:  # rows of different lengths
+        _refuse(ValueError, where, accepted, x)
+    if array.dtype.kind not in "iuf" and not (array.size and jnp.issubdtype(array.dtype, float)):
+        _refuse(TypeError, where, accepted, x)
+    return array.astype(np.float64)
+
+
+def floating_dtype(
+    where: str, x: Any, *, names: Sequence[str] = (), kind: Any = jnp.inexact, none: bool = True
+) -> None:
+    """Raises unless `x` is a floating dtype (or of another kind), None or one of some names."""
+    if (x is None and none) or (isinstance(x, str) and x in names):
+        return
+    what = "a floating dtype" if kind is jnp.inexact else "a real floating dtype"
+    accepted = ", ".join([*(["None"] if none else []), what, *map(repr, names)])
+    if x is None or isinstance(x, (np.ndarray, np.generic, jax.Array)):  # they are no dtypes
+        _refuse(TypeError, where, accepted, x)
+    try:
+        known = jnp.issubdtype(jnp.dtype(x), kind)
     except TypeError:
-        _refuse(TypeError, where, f"one of {accepted}", x)
-    if not floating:
-        _refuse(ValueError, where, f"one of {accepted}", x)
+        _refuse(TypeError, where, accepted, x)
+    if not known:
+        _refuse(ValueError, where, accepted, x)
 
 
 def is_number(x: Any) -> TypeGuard[Any]:
     """Whether `x` is one real number: of Python, NumPy or JAX, or a tracer of one; True is none."""
     if not isinstance(x, NUMBER) or isinstance(x, bool) or np.ndim(x):
         return False
-    return not isinstance(x, (np.ndarray, np.number, jax.Array)) or x.dtype.kind not in "bcO"
+    if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
+        return False
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
 def is_transformation(x: Any) -> TypeGuard[optax.GradientTransformation]:
@@ -121,5 +141,4 @@ def _lies_in(x: float, interval: str) -> bool:
 @functools.cache
 def _ends(interval: str) -> tuple[float, float, bool, bool]:
     low, high = (float(end) for end in interval[1:-1].split(","))
-    assert low <= high or math.isnan(low)
     return low, high, interval[0] == "[", interval[-1] == "]"

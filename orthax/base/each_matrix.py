@@ -105,6 +105,7 @@ def each_matrix(
     ) -> tuple[optax.Updates, Any]:
         if needs_params:
             check_params(call, params)
+            check_matrix_leaves(call, params)
         extra = [params] if needs_params else []
         if init is None or state_type is None:
             (results,) = map_matrices(call, step, updates, *extra, share=share)

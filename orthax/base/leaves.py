@@ -63,15 +63,11 @@ def _component(key: Any) -> str | int:
 def check_matrix_leaves(call: str, tree: Any) -> None:
     """Raises, naming the leaf, unless all leaves are floating matrices, shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if np.ndim(leaf) < 2:
+        check_array(call, leaf, f"'{path_text(keys)}'")
+        if leaf.ndim < 2:
             raise ValueError(
-                f"{call}: '{path_text(keys)}' has shape {np.shape(leaf)}; its last two axes must "
-                "be a matrix. Wrap the transformation in orthax.as_matrices to choose axes."
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise TypeError(
-                f"{call}: '{path_text(keys)}' has dtype {leaf.dtype}; it must be real or complex "
-                "floating."
+                f"{call}: '{path_text(keys)}' has shape {leaf.shape}; its last two axes must be a "
+                "matrix. Wrap the transformation in orthax.as_matrices to choose axes."
             )
 
 
@@ -83,23 +79,22 @@ def matrix_leaves(call: str, tree: Any) -> tuple[list[Any], list["Place"], Any]:
     return [x for _, x in keyed], places, structure
 
 
-def check_matrices(call: str, x: Any, argument: str = "x") -> None:
-    """Raises unless `x` is an array of real or complex floating matrices, shape (..., m, n)."""
-    check_array(call, x, argument)
+def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.inexact) -> None:
+    """Raises unless `x` is an array of floating matrices (of a kind), shape (..., m, n)."""
+    check_array(call, x, argument, kind=kind)
     if x.ndim < 2:
         raise ValueError(
             f"{call}: {argument} has shape {x.shape}; matrices need at least two axes."
         )
 
 
-def check_array(call: str, x: Any, argument: str) -> None:
-    """Raises a `TypeError` unless `x` is a real or complex floating array, or the shape of one."""
+def check_array(call: str, x: Any, argument: str, *, kind: Any = jnp.inexact) -> None:
+    """Raises a `TypeError` unless `x` is a floating array (of a kind), or the shape of one."""
     if not isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         raise TypeError(f"{call}: {argument} must be an array, got {type(x).__name__}.")
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{call}: {argument} has dtype {x.dtype}; it must be real or complex floating."
-        )
+    if not jnp.issubdtype(x.dtype, kind):
+        accepted = "real or complex floating" if kind is jnp.inexact else "real floating"
+        raise TypeError(f"{call}: {argument} has dtype {x.dtype}; it must be {accepted}.")
 
 
 def check_params(call: str, x: Any) -> None:
@@ -136,13 +131,14 @@ def is_masked(x: Any) -> bool:
 
 
 def keep_dtypes(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, matrices_of: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Lets `inner` compute where numbers do not overflow, and keeps the dtypes that came.
 
     float16 leaves are shown in float32: a heavy-ball sum of float16 gradients near 1e3 overflows
     within 40 updates, their squares at once. Updates come back in the dtype of the gradients, and
     what the state holds in the dtype it had: an injected hyperparameter, an array, would widen it.
+    With the name of a call, leaves are checked to be matrices first.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -154,6 +150,8 @@ def keep_dtypes(
         return jnp.asarray(leaf, dtype)  # strong: a weakly typed state would change its type
 
     def init(params: optax.Params) -> optax.OptState:
+        if matrices_of is not None:
+            check_matrix_leaves(matrices_of, params)
         return inner.init(jax.tree.map(widened, params))
 
     def update(
@@ -162,6 +160,8 @@ def keep_dtypes(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        if matrices_of is not None:
+            check_matrix_leaves(matrices_of, updates)
         wide_params = None if params is None else jax.tree.map(widened, params)
         wide, new = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
         if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from orthax.base import check
+
 
 class WithMemory(NamedTuple):
     """A function of an array that carries something from call to call, as a pair of pure functions.
@@ -28,3 +30,8 @@ class WithMemory(NamedTuple):
 
     init: Callable[[Any], Any]
     apply: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def check_measure(where: str, x: Any, accepted: str) -> None:
+    """Raises a `TypeError` unless `x` is a function of an array or a `WithMemory` of two."""
+    check.function(where, x, accepted, parts=x if isinstance(x, WithMemory) else ())

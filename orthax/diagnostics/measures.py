@@ -13,6 +13,7 @@ from orthax.linalg.elementary import (
     gram_deviation,
     norm_with_gradient,
     unit_max,
+    wide,
     wide_dtype,
 )
 from orthax.linalg.spectral import spectral_norm, start_vector
@@ -237,6 +238,7 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_matrices(call, w, "w")
+        vector = start_vector(call, vector, wide(w), w.shape[-1])
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector
 

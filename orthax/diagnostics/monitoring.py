@@ -8,7 +8,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.leaves import check_params, path_text
-from orthax.base.with_memory import WithMemory
+from orthax.base.with_memory import WithMemory, check_measure
 from orthax.matrices.partition import resolve
 from orthax.matrices.path_rules import PathRules
 from orthax.matrices.view import PackedView, open_view
@@ -48,9 +48,9 @@ def of_updates(
       >>> print(optax.tree.get(state, "rank")["kernel"].round(1))
       3.0
     """
+    _check_measure("of_updates", measure)
     if isinstance(measure, WithMemory):
         return _monitored("of_updates", measure, slice(0, 1), dimension_numbers)
-    _check_measure("of_updates", measure)
     return lambda updates: dict(_measured("of_updates", measure, (updates,), dimension_numbers))
 
 
@@ -80,8 +80,7 @@ def of_params(
       >>> print(optax.tree.get(state, "error"))
       {'kernel': Array(3., dtype=float32)}
     """
-    if not isinstance(measure, WithMemory):
-        _check_measure("of_params", measure)
+    _check_measure("of_params", measure)
     return _monitored("of_params", measure, slice(1, 2), dimension_numbers)
 
 
@@ -113,18 +112,22 @@ def of_both(
       >>> print(optax.tree.get(state, "ratio")["kernel"].round(3))
       0.1
     """
+    if isinstance(measure, WithMemory):  # of one array
+        check.function("of_both: measure", measure)
     _check_measure("of_both", measure)
     return _monitored("of_both", measure, slice(0, 2), dimension_numbers)
 
 
 def _check_measure(call: str, measure: Any) -> None:
+    measures = [measure]
     if isinstance(measure, PathRules):
         measures = [value for _, value in measure.rules] + [measure.default]
         measures = [value for value in measures if value is not None and value is not ...]
-    else:
-        measures = [measure]
     for value in measures:
-        check.function(f"{call}: measure", value)
+        if isinstance(measure, PathRules):
+            check.function(f"{call}: measure", value)
+        else:
+            check_measure(f"{call}: measure", value, "a function of matrices")
 
 
 def _monitored(

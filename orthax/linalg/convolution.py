@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +62,11 @@ def make_geometry(
     outputs: int,
 ) -> Geometry:
     """Geometry of a layer with the given channels, or raises."""
-    size = tuple(size) if isinstance(size, Iterable) else (size,)
-    if len(size) + 2 not in _SPATIAL:
+    entries = _entries(size)
+    sizes = (size,) if entries is None else entries
+    if len(sizes) + 2 not in _SPATIAL:
         raise ValueError(f"{call}: kernel_size must name one or two axes, got {size!r}.")
-    size = tuple(check.integer(f"{call}: kernel_size", k) for k in size)
+    taps = tuple(check.integer(f"{call}: kernel_size", k) for k in sizes)
     groups = check.integer(f"{call}: groups", groups)
     for name, channels in {"in_channels": inputs, "out_channels": outputs}.items():
         if check.integer(f"{call}: {name}", channels) % groups:
@@ -74,9 +75,9 @@ def make_geometry(
                 f"{name} = {channels}."
             )
     return Geometry(
-        size,
-        per_axis(call, "strides", strides, len(size)),
-        per_axis(call, "dilation", dilation, len(size)),
+        taps,
+        per_axis(call, "strides", strides, len(taps)),
+        per_axis(call, "dilation", dilation, len(taps)),
         groups,
         inputs // groups,
         outputs // groups,
@@ -85,7 +86,8 @@ def make_geometry(
 
 def per_axis(call: str, argument: str, x: PerAxis, axes: int) -> tuple[int, ...]:
     """One integer of at least 1 for each spatial axis, or raises."""
-    entries = tuple(x) if isinstance(x, Iterable) else (x,) * axes
+    entries = _entries(x)
+    entries = (x,) * axes if entries is None else entries
     if len(entries) != axes:
         raise ValueError(
             f"{call}: {argument} must be an integer or {axes} of them, one per spatial axis, "
@@ -118,16 +120,25 @@ def pads_of(
         # Any multiple of the stride is padded alike; this one has room for a window.
         sizes = input_size or np.multiply(geometry.strides, geometry.extent).tolist()
         return lax.padtype_to_pads(sizes, geometry.extent, geometry.strides, "SAME")
-    entries = [padding] * axes if isinstance(padding, (int, np.integer)) else padding
+    entries = _entries(padding)
+    if entries is None:
+        entries = (padding,) * axes
+    pairs = [(p, p) if _entries(p) is None else _entries(p) for p in entries]
+    whole = functools.partial(check.integer, "padding", interval="[0, inf)")
     try:
-        pairs = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in entries]
-        whole = functools.partial(check.integer, "", interval="[0, inf)")
-        checked = [(whole(low), whole(high)) for low, high in pairs]
+        checked: Any = [tuple(map(whole, pair or ())) for pair in pairs]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{known}, got {padding!r}.") from error
-    if len(checked) != axes:
+        raise type(error)(f"{known}, got {padding!r}.") from error
+    if len(checked) != axes or any(len(pair) != 2 for pair in checked):
         raise ValueError(f"{known}, got {padding!r}.")
     return checked
+
+
+def _entries(x: Any) -> tuple[Any, ...] | None:
+    """The entries of a sequence; None for what is none, such as a string or a 0-d array."""
+    if isinstance(x, str) or not isinstance(x, Iterable) or getattr(x, "ndim", 1) == 0:
+        return None
+    return tuple(x)
 
 
 def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:

@@ -47,11 +47,16 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       Shape (..., 1, 1), real; float32 for 16-bit input, else the precision of `x`. Zero for a zero
       or empty matrix, NaN if an entry is NaN.
 
+    Raises:
+      ValueError: If `x` has fewer than two axes.
+      TypeError: If `x` is not floating.
+
     Example:
       >>> import jax.numpy as jnp
       >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
       [[5.e-30]]
     """
+    check_matrices("frobenius_norm", x)
     scaled, scale = unit_max(x)
     return scale * norm_of_scaled(scaled)
 
@@ -67,12 +72,17 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       Same shape; float32 for 16-bit input, else the dtype of `x`. Zero for a matrix that counts as
       zero.
 
+    Raises:
+      ValueError: If `x` has fewer than two axes, or `eps` is negative or not finite.
+      TypeError: If `x` is not floating, or `eps` no number.
+
     Example:
       >>> import jax.numpy as jnp
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """
-    scaled, _ = unit_max(x, eps)
+    check_matrices("normalize", x)
+    scaled, _ = unit_max(x, check.number("normalize: eps", eps, "[0, inf)", static=True))
     return scaled / norm_of_scaled(scaled)
 
 

@@ -210,9 +210,7 @@ def _unit_columns(v: jax.Array) -> jax.Array:
 
 
 def _check_real(call: str, argument: str, x: Any) -> None:
-    check_matrices(call, x, argument)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"{call}: {argument} has dtype {x.dtype}; it must be real floating.")
+    check_matrices(call, x, argument, kind=jnp.floating)
 
 
 def _check_tall(call: str, argument: str, x: Any) -> None:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices
+from orthax.base.leaves import check_array, check_matrices
 from orthax.linalg.elementary import constant_unit_max, divided, norm_with_gradient
 
 
@@ -107,6 +107,7 @@ def start_vector(call: str, vector: ArrayLike | None, x: jax.Array, size: int) -
     fixed = unit(fixed, fixed)
     if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
         return fixed
+    check_array(call, vector, "vector")
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
     vector = lax.stop_gradient(jnp.asarray(vector).astype(x.dtype))

@@ -168,8 +168,8 @@ def partition_matrices(
       ... )
       >>> updates, _ = tx.update(params, tx.init(params))
       >>> print(updates["dense"]["kernel"].round(1), updates["dense"]["bias"])
-      [[1. 0.]
-       [0. 1.]] [2. 2.]
+      [[1.1 0. ]
+       [0.  1.1]] [2. 2.]
     """
     return partition("partition_matrices", matrices, rest, dimension_numbers)
 
@@ -193,6 +193,8 @@ def partition(
         labels = ["rest" if leaf.view is None else "matrices" for leaf in decided]
         leaves = DecidedLeaves(tree, structure.unflatten(decided))
         chains = {name: part(leaves) if name in built else part for name, part in given.items()}
+        for name in built:
+            check.transformation(f"{call}: what {name} returns", chains[name])
         both = optax.partition(chains, structure.unflatten(labels))
         return keep_dtypes(both) if built else both
 

@@ -46,6 +46,8 @@ class PathRules:
         accepted = "pairs (regular expression, value)"
         message = f"PathRules: rules must be {accepted}, got {self.rules!r}."
         try:
+            if any(isinstance(rule, str) for rule in self.rules):  # two letters are no pair
+                raise TypeError
             rules = tuple((pattern, value) for pattern, value in self.rules)
             compiled = tuple(re.compile(pattern) for pattern, _ in rules)
         except TypeError as error:
@@ -57,6 +59,8 @@ class PathRules:
 
     def lookup(self, path: str) -> tuple[Any, str]:
         """Returns the value for a path and the rule that gave it (`...`: no rule matches)."""
+        if not isinstance(path, str):
+            raise TypeError(f"PathRules.lookup: path must be a string, got {path!r}.")
         for compiled, (_, value) in zip(self._compiled, self.rules, strict=True):
             if compiled.search(path):
                 return value, f"rule {compiled.pattern!r}"

@@ -98,16 +98,16 @@ class MatrixView:
     def _permutation(self) -> tuple[int, ...]:
         return self.batch_axes + self.reduction_axes + self.output_axes
 
-    def move(self, x: jax.Array) -> jax.Array:
+    def _move(self, x: jax.Array) -> jax.Array:
         """The array, opened."""
         return jnp.reshape(jnp.transpose(x, self._permutation), self.matrix_shape)
 
-    def move_back(self, y: jax.Array) -> jax.Array:
+    def _move_back(self, y: jax.Array) -> jax.Array:
         """The array whose opened view is `y`."""
         permuted = [self.shape[a] for a in self._permutation]
         return jnp.transpose(jnp.reshape(y, permuted), np.argsort(self._permutation).tolist())
 
-    def moved_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
+    def _moved_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
         """Spec of the opened view: a merged axis keeps the mesh axes of its first, major part."""
         merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
         return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
@@ -132,22 +132,22 @@ class PackedView:
 
     is_identity = False
 
-    def move(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def _move(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The sections, each opened."""
         ends = np.cumsum([view.shape[self.axis] for view in self.sections])
         parts = jnp.split(x, ends[:-1].tolist(), axis=self.axis)
-        return tuple(view.move(part) for view, part in zip(self.sections, parts, strict=True))
+        return tuple(view._move(part) for view, part in zip(self.sections, parts, strict=True))
 
-    def move_back(self, ys: tuple[jax.Array, ...]) -> jax.Array:
+    def _move_back(self, ys: tuple[jax.Array, ...]) -> jax.Array:
         """The leaf whose opened sections are `ys`."""
-        parts = [view.move_back(y) for view, y in zip(self.sections, ys, strict=True)]
+        parts = [view._move_back(y) for view, y in zip(self.sections, ys, strict=True)]
         return jnp.concatenate(parts, axis=self.axis)
 
-    def moved_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
+    def _moved_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
         """Specs of the opened sections."""
         whole = list(entries)
         whole[self.axis] = None  # a section's size need not divide by the mesh axis
-        return tuple(view.moved_spec(tuple(whole)) for view in self.sections)
+        return tuple(view._moved_spec(tuple(whole)) for view in self.sections)
 
     def __str__(self) -> str:
         return " + ".join(str(view) for view in self.sections)
@@ -156,19 +156,19 @@ class PackedView:
 def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     """Returns `x` (array or `ShapeDtypeStruct`) as `(*batch, rows, cols)`, or a tuple of such."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(view.move, x)
+        return jax.eval_shape(view._move, x)
     sharding = explicit_sharding(x)
     out = None
     if sharding is not None:
-        specs = view.moved_spec(spec_of(sharding, x.ndim))
+        specs = view._moved_spec(spec_of(sharding, x.ndim))
         is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
         out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
-    return laid_out(view.move, out)(x)
+    return laid_out(view._move, out)(x)
 
 
 def close_view(view: MatrixView | PackedView, y: Any, like: Any) -> Any:
     """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
-    return laid_out(view.move_back, explicit_sharding(like))(y)
+    return laid_out(view._move_back, explicit_sharding(like))(y)
 
 
 def make_view(call: str, path: str, leaf: Any, dims: Any) -> MatrixView | PackedView:

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from orthax.base import check
+from orthax.base.leaves import check_array
 from orthax.linalg import (
     householder_factors,
     householder_product,
@@ -94,6 +95,11 @@ class HouseholderLinear(nnx.Module):
         least = min(in_features, out_features)
         if rank is not None:
             check.integer(f"{_CALL}: rank", rank, f"[1, {least}]")
+        check.flag(f"{_CALL}: use_bias", use_bias)
+        check.floating_dtype(f"{_CALL}: dtype", dtype)
+        check.floating_dtype(f"{_CALL}: param_dtype", param_dtype, kind=jnp.floating, none=False)
+        check.function(f"{_CALL}: reflector_init", reflector_init, "an initializer")
+        check.function(f"{_CALL}: bias_init", bias_init, "an initializer")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.dtype, self.precision = dtype, precision
 
@@ -157,15 +163,17 @@ class HouseholderLinear(nnx.Module):
           [[0. 1.]
            [1. 0.]]
         """
-        if jnp.ndim(kernel) != 2:
-            raise ValueError(
-                f"{_CALL}.from_kernel: kernel must have two axes, got shape {jnp.shape(kernel)}."
-            )
-        if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[1:]:
-            raise ValueError(
-                f"{_CALL}.from_kernel: bias must have shape {jnp.shape(kernel)[1:]}, got "
-                f"{jnp.shape(bias)}."
-            )
+        call = f"{_CALL}.from_kernel"
+        check_array(call, kernel, "kernel", kind=jnp.floating)
+        if kernel.ndim != 2:
+            raise ValueError(f"{call}: kernel must have two axes, got shape {kernel.shape}.")
+        if bias is not None:
+            check_array(call, bias, "bias", kind=jnp.floating)
+            if bias.shape != kernel.shape[1:]:
+                shape = kernel.shape[1:]
+                raise ValueError(f"{call}: bias must have shape {shape}, got {bias.shape}.")
+        if rank is not None:
+            check.integer(f"{call}: rank", rank, f"[1, {min(kernel.shape)}]")
         # The layer is made with random directions, which those of the trained kernel replace.
         layer = cls(
             *kernel.shape,

@@ -8,7 +8,7 @@ import optax
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
-from orthax.transforms.cosh import scale_by_cosh_rms
+from orthax.transforms.cosh import MODES, scale_by_cosh_rms
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
 
@@ -56,6 +56,8 @@ def auon(
     Reference:
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
+    check.number("auon: gamma", gamma, "[0, inf)")
+    check.choice("auon: mode", mode, MODES)
     check.transformation("auon: shape_scale", shape_scale)
     trace = momentum_step("auon", momentum, nesterov, mu_dtype)
     if mode == "code" and check.is_number(momentum):

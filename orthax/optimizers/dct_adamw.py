@@ -11,7 +11,7 @@ from orthax.base.leaves import keep_dtypes
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import decay_step, given_or, rate_step
 from orthax.transforms.adam_per_index import scale_by_adam_per_index
-from orthax.transforms.low_rank.projection import low_rank
+from orthax.transforms.low_rank.projection import projected
 
 
 def dct_adamw(
@@ -74,9 +74,14 @@ def dct_adamw(
     """
     check.flag("dct_adamw: error_feedback", error_feedback)
     check.choice("dct_adamw: bias_correction", bias_correction, ("per_index", "global"))
+    for argument, b in {"b1": b1, "b2": b2}.items():
+        check.number(f"dct_adamw: {argument}", b, "[0, 1)")
+    check.number("dct_adamw: eps", eps, "[0, inf)")
+    check.floating_dtype("dct_adamw: mu_dtype", mu_dtype)
     per_index = scale_by_adam_per_index(b1, b2, eps, mu_dtype=mu_dtype)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    projected = low_rank(
+    low_rank = projected(
+        "dct_adamw",
         per_index if bias_correction == "per_index" else keep_dtypes(adam),
         rank,
         basis=basis,
@@ -91,7 +96,7 @@ def dct_adamw(
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         # Where Muon has its momentum, so that the states of both are alike.
         place = optax.identity()
-        return optax.chain(place, leaves(projected), leaves.masked(decay, mask), rate)
+        return optax.chain(place, leaves(low_rank), leaves.masked(decay, mask), rate)
 
     def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
         return optax.chain(adam, leaves.masked(decay, mask), rate)

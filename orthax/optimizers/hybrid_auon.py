@@ -61,6 +61,7 @@ def hybrid_auon(
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     steps = check.integer("hybrid_auon: steps", steps)
+    check.number("hybrid_auon: gamma", gamma, "[0, inf)")
     check.transformation("hybrid_auon: shape_scale", shape_scale)
     trace = momentum_step("hybrid_auon", momentum, nesterov, mu_dtype)
     iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * steps)

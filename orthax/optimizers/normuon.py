@@ -53,6 +53,7 @@ def normuon(
     Reference:
       Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>.
     """
+    check.number("normuon: decay", decay, "[0, 1)")
     check.transformation("normuon: orthogonalizer", orthogonalizer)
     check.transformation("normuon: shape_scale", shape_scale)
     trace = momentum_step("normuon", momentum, nesterov, mu_dtype)

@@ -56,6 +56,7 @@ def root(
     Reference:
       He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
+    check.number("root: quantile", quantile, "[0, 1]")
     check.transformation("root: orthogonalizer", orthogonalizer)
     check.transformation("root: shape_scale", shape_scale)
     trace = momentum_step("root", momentum, nesterov, mu_dtype)

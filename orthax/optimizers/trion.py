@@ -9,7 +9,7 @@ import optax
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import decay_step, given_or, rate_step
-from orthax.transforms.low_rank.projection import low_rank
+from orthax.transforms.low_rank.projection import projected
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
@@ -68,7 +68,8 @@ def trion(
     check.transformation("trion: orthogonalizer", orthogonalizer)
     check.transformation("trion: shape_scale", shape_scale)
     # Algorithm 1: the buffer of low_rank is the momentum, and what was used of it decays.
-    projected = low_rank(
+    low_rank = projected(
+        "trion",
         orthogonalizer,
         rank,
         basis=basis,
@@ -76,8 +77,9 @@ def trion(
         retain=momentum,
         update_every=update_every,
         buffer_dtype=mu_dtype,
+        buffer_argument="mu_dtype",
     )
-    direction = optax.chain(projected, shape_scale)
+    direction = optax.chain(low_rank, shape_scale)
     adam = optax.scale_by_adam()
     decay = decay_step("trion", weight_decay)
     rate = rate_step("trion", learning_rate)

@@ -97,4 +97,5 @@ def scale_by_adam_per_index(
         direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
         return direction, mu, nu, mu_weight, nu_weight
 
-    return keep_dtypes(each_matrix(call, scaled, init=start, state_type=ScaleByAdamPerIndexState))
+    kept = each_matrix(call, scaled, init=start, state_type=ScaleByAdamPerIndexState)
+    return keep_dtypes(kept, matrices_of=call)

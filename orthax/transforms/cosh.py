@@ -11,7 +11,7 @@ from orthax.base import check
 from orthax.base.each_matrix import SMALL, each_matrix
 from orthax.linalg.elementary import norm_of_scaled, unit_max
 
-_MODES = ("paper", "code", "rms")
+MODES = ("paper", "code", "rms")
 _EPS = 1e-8  # the paper's; R is at least 1
 
 
@@ -65,7 +65,7 @@ def scale_by_cosh_rms(
       Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     check.number("scale_by_cosh_rms: gamma", gamma, "[0, inf)")
-    check.choice("scale_by_cosh_rms: mode", mode, _MODES)
+    check.choice("scale_by_cosh_rms: mode", mode, MODES)
 
     def scaled(x: jax.Array) -> jax.Array:
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1

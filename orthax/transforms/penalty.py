@@ -17,7 +17,7 @@ from orthax.base.leaves import (
     path_text,
     replicate_beside,
 )
-from orthax.base.with_memory import WithMemory
+from orthax.base.with_memory import WithMemory, check_measure
 from orthax.linalg.elementary import wide
 from orthax.matrices.path_rules import PathRules
 
@@ -88,14 +88,10 @@ def add_penalty(
     """
     values = [value for _, value in penalty.rules] if isinstance(penalty, PathRules) else [penalty]
     values += [penalty.default] if isinstance(penalty, PathRules) else []
+    accepted = "a function of an array, an orthax.WithMemory, or orthax.PathRules of such and None"
     for value in values:
-        if not (callable(value) or isinstance(value, WithMemory)):
-            if isinstance(penalty, PathRules) and (value is None or value is ...):
-                continue
-            raise TypeError(
-                f"{_CALL}: penalty must be a function of an array, an orthax.WithMemory, or "
-                f"orthax.PathRules of such and None, got {value!r}."
-            )
+        if not (isinstance(penalty, PathRules) and (value is None or value is ...)):
+            check_measure(f"{_CALL}: penalty", value, accepted)
     check.number_or_schedule(f"{_CALL}: strength", strength, "[0, inf)")
 
     def penalty_of(keys: Any) -> tuple[str, Any]:
@@ -162,7 +158,7 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
         value_and_memory = functools.partial(_with_memory, penalty)
 
     def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        # What is not floating is shown to the penalty as it is, which refuses it by name.
+        # What is not floating is left as it is, for `jax.grad` to refuse.
         floating = jnp.issubdtype(w.dtype, jnp.inexact)
         ascent, after = jax.grad(value_and_memory, has_aux=True)(wide(w) if floating else w, memory)
         # Of complex params `jax.grad` gives the conjugate of the direction of steepest ascent.

@@ -97,7 +97,7 @@ def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
        [ 0.707 -0.707]]
     """
     n = check.integer("dct_matrix: n", n, f"[1, {LONGEST}]")
-    check.floating_dtype("dct_matrix: dtype", dtype)
+    check.floating_dtype("dct_matrix: dtype", dtype, kind=jnp.floating, none=False)
     return dct_columns(n, jnp.arange(n), dtype)
 
 

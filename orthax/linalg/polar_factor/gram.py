@@ -79,7 +79,7 @@ def gram_newton_schulz(
       Dao AI Lab, Gram Newton-Schulz, 2026, <https://github.com/Dao-AILab/gram-newton-schulz>.
     """
     check_matrices("gram_newton_schulz", x)
-    check_iteration("gram_newton_schulz", dtype, eps)
+    eps = check_iteration("gram_newton_schulz", dtype, eps)
     table = table_of("gram_newton_schulz", x, coefficients)
     used = jnp.dtype(compute_dtype(x.dtype, dtype))
     if restarts is None:
@@ -155,10 +155,10 @@ def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
 
 
 def _check_restarts(restarts: Any, steps: int) -> None:
-    places: list[Any] = list(restarts) if isinstance(restarts, Sequence) else [None]
-    whole = all(isinstance(place, (int, np.integer)) for place in places)
-    if not (whole and sorted(set(places)) == places and all(0 < p < steps for p in places)):
-        raise ValueError(
-            "gram_newton_schulz: restarts must be increasing steps from 1 to "
-            f"{steps - 1}, got {restarts!r}."
-        )
+    where, accepted = "gram_newton_schulz: restarts", f"increasing steps from 1 to {steps - 1}"
+    places = np.asarray(restarts if len(np.shape(restarts)) else None)
+    places = places.astype(int) if places.size == 0 else places
+    if not jnp.issubdtype(places.dtype, jnp.integer):
+        raise TypeError(f"{where} must be {accepted}, got {restarts!r}.")
+    if places.ndim != 1 or not (np.diff(places, prepend=0, append=steps) > 0).all():
+        raise ValueError(f"{where} must be {accepted}, got {restarts!r}.")

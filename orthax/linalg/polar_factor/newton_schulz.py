@@ -86,7 +86,7 @@ def newton_schulz(
     """
     check_matrices("newton_schulz", x)
     check.choice("newton_schulz: prescale", prescale, _PRESCALES)
-    check_iteration("newton_schulz", dtype, eps)
+    eps = check_iteration("newton_schulz", dtype, eps)
     table = table_of("newton_schulz", x, coefficients)
     if x.size == 0:
         return x
@@ -113,10 +113,10 @@ def table_of(call: str, x: jax.Array, coefficients: Coefficients) -> Table:
     return check_table(call, coefficients)
 
 
-def check_iteration(call: str, dtype: DTypeLike | None, eps: float) -> None:
+def check_iteration(call: str, dtype: DTypeLike | None, eps: float) -> float:
     """Raises unless the settings that Newton-Schulz iterations share are possible."""
     check.floating_dtype(f"{call}: dtype", dtype)
-    check.number(f"{call}: eps", eps, "[0, inf)", static=True)
+    return check.number(f"{call}: eps", eps, "[0, inf)", static=True)
 
 
 def compute_dtype(x_dtype: DTypeLike, requested: DTypeLike | None) -> DTypeLike:

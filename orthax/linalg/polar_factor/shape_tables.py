@@ -7,7 +7,7 @@ the largest value (the peak) of the last. Least squares fit them, from the best 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -112,18 +112,15 @@ def _without_spectra(short: int, long: int, steps: int, shared: bool) -> Table:
 
 def _check_spectra(spectra: Sequence[ArrayLike]) -> list[np.ndarray]:
     """Every spectrum divided by its Frobenius norm."""
+    accepted = "a 1-D array of finite numbers, none negative and one positive"
+    if isinstance(spectra, str) or not isinstance(spectra, Iterable):
+        raise TypeError(f"for_shape: spectra must be a sequence of arrays, got {spectra!r}.")
     relative = []
     for index, spectrum in enumerate(spectra):
-        try:
-            values = np.real(np.asarray(spectrum)).astype(np.float64)
-        except (TypeError, ValueError):
-            values = np.empty(0)
+        values = check.numbers(f"for_shape: spectra[{index}]", spectrum, accepted)
         finite = values.ndim == 1 and np.isfinite(values).all()
-        if np.iscomplexobj(spectrum) or not (finite and (values >= 0).all() and values.any()):
-            raise ValueError(
-                f"for_shape: spectra[{index}] must be a 1-D array of finite numbers, none negative "
-                f"and one positive; got {spectrum!r}."
-            )
+        if not (finite and (values >= 0).all() and values.any()):
+            raise ValueError(f"for_shape: spectra[{index}] must be {accepted}; got {spectrum!r}.")
         values = values / values.max()  # so that squares neither overflow nor vanish
         relative.append(values / np.linalg.norm(values))
     if not relative:

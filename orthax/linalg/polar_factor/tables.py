@@ -17,21 +17,11 @@ Table: TypeAlias = tuple[Row, ...]
 
 
 def check_table(call: str, coefficients: Any) -> Table:
-    """Returns a table as tuples of floats, or raises a `ValueError` that names the call."""
-    accepted = "at least one row of three finite numbers (a, b, c)"
-    try:
-        table: Any = np.asarray(coefficients, dtype=np.float64)
-    except (TypeError, ValueError):
-        table = np.empty(0)
-    if (
-        table.ndim != 2
-        or table.shape[0] == 0
-        or table.shape[1] != 3
-        or not np.isfinite(table).all()
-    ):
-        raise ValueError(
-            f"{call}: coefficients must be {accepted}, one row per step; got {coefficients!r}."
-        )
+    """Returns a table as tuples of floats, or raises an error that names the call."""
+    accepted = "at least one row of three finite numbers (a, b, c), one row per step"
+    table = check.numbers(f"{call}: coefficients", coefficients, accepted)
+    if table.ndim != 2 or len(table) == 0 or table.shape[1] != 3 or not np.isfinite(table).all():
+        raise ValueError(f"{call}: coefficients must be {accepted}; got {coefficients!r}.")
     return tuple((float(a), float(b), float(c)) for a, b, c in table)
 
 
@@ -50,7 +40,7 @@ def scalar_map(coefficients: Sequence[Row], singular_values: ArrayLike) -> np.nd
       >>> round(float(scalar_map(MUON, 1.0)), 4)
       0.6964
     """
-    s = np.asarray(singular_values, dtype=np.float64)
+    s = check.numbers("scalar_map: singular_values", singular_values, "numbers")
     for a, b, c in check_table("scalar_map", coefficients):
         s = s * (a + s**2 * (b + s**2 * c))
     return s
@@ -95,9 +85,9 @@ def minimax(
       Appendix G.
     """
     steps = check.integer("minimax: steps", steps)
-    check.number("minimax: lower", lower, "(0, 1)", static=True)
-    check.number("minimax: cushion", cushion, "[0, 1)", static=True)
-    check.number("minimax: safety", safety, "[1, inf)", static=True)
+    lower = check.number("minimax: lower", lower, "(0, 1)", static=True)
+    cushion = check.number("minimax: cushion", cushion, "[0, 1)", static=True)
+    safety = check.number("minimax: safety", safety, "[1, inf)", static=True)
 
     powers = np.array([1, 3, 5])
     rows = []

@@ -155,7 +155,7 @@ def zolotarev(
     degree = check.integer("zolotarev: degree", degree)
     passes = check.integer("zolotarev: passes", passes, "[1, 2]")
     if lower is not None:
-        check.number("zolotarev: lower", lower, "(0, 1)", static=True)
+        lower = check.number("zolotarev: lower", lower, "(0, 1)", static=True)
     return rational(x, degree, passes, lower)
 
 

@@ -163,11 +163,11 @@ def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
       bases: The dense bases that a state keeps, if any.
     """
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
-    leaves, places, _ = matrix_leaves("low_rank", tree)
+    leaves, places, _ = matrix_leaves(kind.call, tree)
     frames = []
     for leaf, (path, sharding, _) in zip(leaves, places, strict=True):
         n = min(np.shape(leaf)[-2:])
-        r = min(n, _rank_of(rank, path, np.shape(leaf)))
+        r = min(n, _rank_of(kind.call, rank, path, np.shape(leaf)))
         # A leaf of no more rank than is asked for is left whole.
         projected = r < n and np.size(leaf)
         subspace = make_subspace(path, n, kind, matrices.get(n)) if projected else Whole()
@@ -175,51 +175,51 @@ def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
     return frames
 
 
-def check_kept(frames: list[Frame], kept: list[Any]) -> None:
+def check_kept(call: str, frames: list[Frame], kept: list[Any]) -> None:
     """Raises a `ValueError` if what a state keeps is not of a leaf's rank."""
     for frame, subspace in zip(frames, kept, strict=True):
         found = 0 if isinstance(subspace, optax.MaskedNode) else np.shape(subspace)[-1]
         if found != (0 if isinstance(frame.subspace, Whole) else frame.rank):
             raise ValueError(
-                f"low_rank: '{frame.path}' with shape {frame.shape} has a state of rank "
+                f"{call}: '{frame.path}' with shape {frame.shape} has a state of rank "
                 f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank."
             )
 
 
-def random_matrices(tree: Any, rank: Any, seed: int) -> Any:
+def random_matrices(tree: Any, rank: Any, kind: Kind) -> Any:
     """A random orthogonal matrix for each n, in the place of the first leaf that needs it."""
     drawn = set()
 
     def draw(keys: Any, leaf: Any) -> Any:
         shape = np.shape(leaf)
         n = min(shape[-2:])
-        if n in drawn or _rank_of(rank, path_text(keys), shape) >= n:
+        if n in drawn or _rank_of(kind.call, rank, path_text(keys), shape) >= n:
             return optax.MaskedNode()
         drawn.add(n)
         dtype = jnp.finfo(wide_dtype(leaf.dtype)).dtype
-        key = jax.random.fold_in(jax.random.key(seed), n)
+        key = jax.random.fold_in(jax.random.key(kind.seed), n)
         return replicate_beside(jax.random.orthogonal(key, n, dtype=dtype), leaf)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
 
 
-def check_rank(rank: Any) -> None:
+def check_rank(call: str, rank: Any) -> None:
     """Raises unless `rank` is an integer, a fraction or a function."""
     if callable(rank):
         return
     accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
     if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
         raise TypeError(
-            f"low_rank: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
+            f"{call}: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
             "it in static_args."
         )
     if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
-        raise ValueError(f"low_rank: rank must be {accepted}, got {rank!r}.")
+        raise ValueError(f"{call}: rank must be {accepted}, got {rank!r}.")
 
 
-def _rank_of(rank: Any, path: str, shape: tuple[int, ...]) -> int:
+def _rank_of(call: str, rank: Any, path: str, shape: tuple[int, ...]) -> int:
     m, n = shape[-2:]
     if not callable(rank):
         whole = isinstance(rank, (int, np.integer))
         return int(rank) if whole else max(1, math.floor(float(rank) * min(m, n) + 0.5))
-    return check.integer(f"low_rank: rank({m}, {n}) of '{path}'", rank(m, n))
+    return check.integer(f"{call}: rank({m}, {n}) of '{path}'", rank(m, n))

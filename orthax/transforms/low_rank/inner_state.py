@@ -57,7 +57,7 @@ def move_inner_state(
     )
 
 
-def check_inner_state(inner: Any, state: Any, frames: Any) -> None:
+def check_inner_state(call: str, inner: Any, state: Any, frames: Any) -> None:
     """Raises a `ValueError` that names a leaf of the state which cannot change its subspace."""
     try:
         verdicts = optax.tree.map_params(
@@ -70,13 +70,13 @@ def check_inner_state(inner: Any, state: Any, frames: Any) -> None:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "low_rank: optax.tree.map_params does not find what in the state of inner follows the "
+            f"{call}: optax.tree.map_params does not find what in the state of inner follows the "
             f"params, so it cannot follow a change of subspace: {error}"
         ) from error
     for keys, verdict in jax.tree_util.tree_leaves_with_path(verdicts):
         if verdict:
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            raise ValueError(f"low_rank: '{name}' in the state of inner {verdict}.")
+            raise ValueError(f"{call}: '{name}' in the state of inner {verdict}.")
 
 
 def _problem(x: Any, frame: Frame) -> str:

@@ -1,15 +1,4 @@
-"""`low_rank`: any transformation, run in the few dimensions that hold most of each gradient.
-
-`low_rank(inner, rank, retain=...)` shows `inner` the coordinates of a buffer, b = buffer + g, in r
-columns Q of an orthonormal basis, and keeps what was left out:
-
-    low = b Q;  update = inner(low) Q^T;  buffer = b - (1 - retain) low Q^T
-
-  * Trion is `low_rank(orthogonalize(), rank, retain=0.95)`: the buffer is its momentum.
-  * DCT-AdamW is `low_rank(scale_by_adam_per_index(), rank)`; with `retain=0.0` the buffer is its
-    error feedback.
-  * GaLore is `low_rank(optax.scale_by_adam(), rank, basis="svd", update_every=200)`.
-"""
+"""The algorithm of `low_rank`: see `transformation`, where its arguments are explained."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -60,98 +49,36 @@ class LowRankState(NamedTuple):
     inner: optax.OptState
 
 
-def low_rank(
+def projected(
+    call: str,
     inner: optax.GradientTransformation,
     rank: int | float | Callable[[int, int], int],
     *,
-    basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
+    basis: str = "dct",
     ranking: Literal["l1", "l2"] = "l2",
     retain: jax.typing.ArrayLike | None = None,
     update_every: int = 1,
     buffer_dtype: Any = None,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    buffer_argument: str = "buffer_dtype",
+    rounding: str = "nearest",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs a transformation on the coordinates of each matrix in r columns of a basis.
-
-    The shorter side of a matrix is projected, of a square one the rows (fan-in): `inner` sees
-    updates and params of shape (..., m, r) or (..., r, n). What its state holds for each coordinate
-    follows when the columns change: in a fixed basis, the entries of kept indices move with them
-    and those of new ones start at zero; in "svd" and "subspace", first moments are rotated,
-    and second moments by the squares, so that none turns negative (a moment of unknown name counts
-    as second if it has no negative entry).
-
-    Args:
-      inner: Transformation whose state follows the shape of the updates, or is one scalar for all:
-        `optax.trace`, `scale_by_adam`, `scale_by_lion`, `orthogonalize`, a `chain`, ...
-      rank: Dimensions r: an integer, a fraction of the shorter side in (0, 1], or a function of
-        (m, n) to an integer. A matrix whose shorter side is at most r is not projected.
-      basis: "dct" and "dct3", the cosines of DCT-II and DCT-III, are computed where they are needed
-        and never stored; "hadamard" likewise, for sizes that have a Hadamard matrix; "random", one
-        random orthogonal matrix for each size, from `seed`; "columns", the identity: plain
-        selection; "svd", the leading singular vectors; "subspace", one step of subspace iteration
-        towards them.
-      ranking: Norm by which the r columns of largest coordinates are chosen, "l1" or "l2"; see
-        `orthax.linalg.top_columns`. "svd" and "subspace" have nothing to rank.
-      retain: None: no buffer; what is outside the subspace is lost. A number in [0, 1): the buffer
-        keeps it, and this part of what is inside: 0 is error feedback, a momentum makes the buffer
-        a momentum. At 0, with `optax.identity()` as inner, the updates so far and the buffer add
-        up to the gradients so far.
-      update_every: Updates between choices of the subspace.
-      buffer_dtype: Of the buffer: None (the params'; float32 for float16), a dtype, or "int8" or
-        "int4" for so many bits an entry and two float32 numbers a row.
-      rounding: Of "int8" and "int4": "nearest", or "stochastic", right on average.
-      seed: Of random bases and of stochastic rounding.
-
-    Returns:
-      A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
-      axes the compiler may lay them out in its own way; `optax.apply_updates` and `out_shardings`
-      bring them back). With "l2" ranking and a fixed basis, the coordinates hold at least the part
-      r / n of the buffer's energy. 16-bit matrices are projected in float32.
-      State: `LowRankState`: inner's, r / min(m, n) of its size without projection; r indices; the
-      buffer.
-      Sees: trees whose leaves' last two axes are the matrix; needs params if `inner` does.
-
-    Raises:
-      ValueError: For an argument out of range or unknown; at `init`, for a leaf of fewer than two
-        axes, a size without a Hadamard matrix, or a state of `inner` that cannot follow a change of
-        subspace (Adafactor's factored moments), by name.
-      TypeError: For an argument of the wrong type (in `optax.inject_hyperparams` all but `retain`
-        belong into `static_args`); for an integer leaf.
-
-    Example:
-      >>> tx = low_rank(optax.identity(), rank=1, basis="columns", retain=0.0)
-      >>> g = jnp.array([[1.0, 2.0], [0.0, 0.0], [2.0, 2.0]])
-      >>> updates, state = tx.update(g, tx.init(g))
-      >>> print(updates)
-      [[0. 2.]
-       [0. 0.]
-       [0. 2.]]
-      >>> print(state.residuals)
-      [[1. 0.]
-       [0. 0.]
-       [2. 0.]]
-
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from Ahn et
-      al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et al.,
-      GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
-    """
-    check.transformation("low_rank: inner", inner)
-    check_rank(rank)
-    check.choice("low_rank: basis", basis, BASES)
-    check.choice("low_rank: ranking", ranking, RANKINGS)
+    """`low_rank`, for a call whose name, and name of the buffer's dtype, stand in errors."""
+    check.transformation(f"{call}: inner", inner)
+    check_rank(call, rank)
+    check.choice(f"{call}: basis", basis, BASES)
+    check.choice(f"{call}: ranking", ranking, RANKINGS)
     if retain is not None:
-        check.number("low_rank: retain", retain, "[0, 1)")
-    check.integer("low_rank: update_every", update_every)
-    check.floating_dtype("low_rank: buffer_dtype", buffer_dtype, names=tuple(BITS))
-    check.choice("low_rank: rounding", rounding, ROUNDINGS)
-    check.integer("low_rank: seed", seed, "[0, inf)")
+        check.number(f"{call}: retain", retain, "[0, 1)")
+    check.integer(f"{call}: update_every", update_every)
+    check.floating_dtype(f"{call}: {buffer_argument}", buffer_dtype, names=tuple(BITS))
+    check.choice(f"{call}: rounding", rounding, ROUNDINGS)
+    check.integer(f"{call}: seed", seed, "[0, inf)")
     bits = BITS.get(buffer_dtype) if isinstance(buffer_dtype, str) else None
     sees_params = not isinstance(inner, EachMatrix) or inner.needs_params
     inner = optax.with_extra_args_support(inner)
 
-    kind = Kind(basis, ranking, seed)
+    kind = Kind(call, basis, ranking, seed)
 
     def save(
         frames: list[Frame], xs: list[jax.Array], dtypes: list[Any], structure: Any, count: Any
@@ -168,20 +95,20 @@ def low_rank(
         return structure.flatten_up_to(saved)
 
     def init(params: optax.Params) -> Any:
-        check_matrix_leaves("low_rank", params)
+        check_matrix_leaves(call, params)
         leaves, structure = jax.tree.flatten(params)
-        bases = random_matrices(params, rank, seed) if basis == "random" else None
+        bases = random_matrices(params, rank, kind) if basis == "random" else None
         frames = make_frames(params, rank, kind, bases)
         zeros = [wide(zeros_like(x)) for x in leaves]
         kept = [frame.first(x) for frame, x in zip(frames, zeros, strict=True)]
         # What inner keeps is as large as the coordinates, not as the params.
         low = structure.unflatten(map(_projected, frames, leaves, kept))
         inner_state = inner.init(low)
-        check_inner_state(inner, inner_state, structure.unflatten(frames))
+        check_inner_state(call, inner, inner_state, structure.unflatten(frames))
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
-            _check_complex(frames, zeros, buffer_dtype)
+            _check_complex(call, frames, zeros, buffer_dtype)
             dtypes = [None if bits else buffer_dtype or x.dtype for x in leaves]
             residuals = save(frames, zeros, dtypes, structure, count)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
@@ -192,7 +119,7 @@ def low_rank(
         gradients, structure = jax.tree.flatten(updates)
         frames = make_frames(updates, rank, kind, state.bases)
         old = structure.flatten_up_to(state.subspaces)
-        check_kept(frames, old)
+        check_kept(call, frames, old)
 
         # b = buffer + g: Trion's momentum (Algorithm 1), DCT-AdamW's gradient with its error.
         xs = [wide(g) for g in gradients]
@@ -254,7 +181,7 @@ def low_rank(
             ]
             # In the dtype it had: gradients may come in another one than the params.
             dtypes = [x.dtype for x in saved]
-            _check_complex(frames, left, buffer_dtype)
+            _check_complex(call, frames, left, buffer_dtype)
             residuals = save(frames, left, dtypes, structure, state.count)
         return structure.unflatten(results), LowRankState(
             jnp.asarray(optax.safe_increment(state.count)),
@@ -264,7 +191,7 @@ def low_rank(
             inner_state,
         )
 
-    return keep_dtypes(optax.GradientTransformationExtraArgs(init, update))
+    return keep_dtypes(optax.GradientTransformationExtraArgs(init, update), matrices_of=call)
 
 
 def _projected(frame: Frame, x: Any, kept: Any) -> Any:
@@ -278,12 +205,12 @@ def _projected(frame: Frame, x: Any, kept: Any) -> Any:
     return projected(jnp.asarray(x), kept)
 
 
-def _check_complex(frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
+def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
     """Raises, naming the leaf, if a buffer would lose the imaginary part."""
     if buffer_dtype is None or jnp.issubdtype(buffer_dtype, jnp.complexfloating):
         return
     for frame, x in zip(frames, xs, strict=True):
         if jnp.iscomplexobj(x):
             raise TypeError(
-                f"low_rank: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
+                f"{call}: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
             )

@@ -217,11 +217,13 @@ class Kind(NamedTuple):
     """The arguments of `low_rank` that say which subspaces it takes.
 
     Attributes:
+      call: Name of the public call, for error messages.
       basis: One of BASES.
       ranking: For selections.
       seed: Of the columns that adaptive ones start from, and of random bases.
     """
 
+    call: str
     basis: str
     ranking: Literal["l1", "l2"]
     seed: int
@@ -236,7 +238,7 @@ def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Su
       kind: Which subspace.
       matrix: The basis "random", which is kept; None for all others.
     """
-    basis, ranking, seed = kind
+    call, basis, ranking, seed = kind
     if basis == "svd":
         return Adaptive(_singular_vectors, jax.random.key(seed))
     if basis == "subspace":
@@ -244,7 +246,7 @@ def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Su
     if basis == "columns":
         return Selection(ranking)
     if basis == "hadamard":
-        check_hadamard_size(f"low_rank: '{path}'", n)
+        check_hadamard_size(f"{call}: '{path}'", n)
     if basis == "random":
         assert matrix is not None
         return Stored(ranking, matrix)
