@@ -526,7 +526,7 @@ def test_complex_params_descend(shape):
     assert update.dtype == np.complex64
     close(update, g + 0.3 * soft_gradient(w))
     chain = optax.chain(ADD_SOFT, optax.scale_by_learning_rate(0.02))
-    w, state = jnp.asarray(w / 3), chain.init(w)
+    w, state = jnp.asarray(w * np.float32(2**0.5 / 3)), chain.init(w)
     values = [float(soft_orthogonality(w))]
     for _ in range(60):
         update, state = compiled(chain)(jnp.zeros_like(w), state, w)
