@@ -449,12 +449,6 @@ def test_rules_are_not_taken_for_a_schedule():
     assert set(state.hyperparams) == {"learning_rate", "momentum", "weight_decay"}
 
 
-@pytest.mark.parametrize("rules", [(("(", None),), ("ab", "c"), 3, ((1, None),), (("a", 1, 2),)])
-def test_rules_that_are_no_pairs_of_expression_and_value_raise(rules):
-    with pytest.raises(ValueError, match=r"PathRules: rules must be pairs .*got "):
-        orthax.PathRules(rules)
-
-
 class Holder(nnx.Module):
     """A variable that holds a tree, and one under the name that variables give to their value."""
 
@@ -664,59 +658,6 @@ WRONG_DIMENSIONS = {
         r"as_matrices: dimension numbers of 'a/kernel' are None",
     ),
 }
-
-
-@pytest.mark.parametrize("case", WRONG_DIMENSIONS)
-def test_wrong_dimension_numbers_name_call_value_and_leaf(case):
-    dims, error, message = WRONG_DIMENSIONS[case]
-    with pytest.raises(error, match=message):
-        orthax.as_matrices(POLAR, dims).init({"a": {"kernel": struct(4, 6)}})
-
-
-@pytest.mark.parametrize(
-    "dims",
-    [
-        {"b": ALL},
-        {"a": {"kernel": ALL}},
-        {"a": {"kernel": ALL, "bias": None, "more": None}},
-        {"a": [ALL, None]},
-        {"a": (0, 1)},
-    ],
-)
-def test_a_wrong_tree_of_dimension_numbers_names_call_and_argument(dims):
-    params = {"a": {"kernel": struct(4, 2, 3), "bias": struct(6)}}
-    with pytest.raises(
-        ValueError, match=r"partition_matrices: dimension_numbers must have the tree"
-    ):
-        orthax.muon(1e-3, dimension_numbers=dims).init(params)
-
-
-def test_a_vector_sent_to_matrices_raises_and_names_itself():
-    message = r"as_matrices: 'a/bias' with shape \(3,\) is not a matrix \(fewer than two axes\)"
-    with pytest.raises(ValueError, match=message):
-        orthax.as_matrices(POLAR).init({"a": {"bias": struct(3)}})
-
-
-def test_a_leaf_that_its_rule_sends_to_the_fallback_raises_at_update_too():
-    transformation = orthax.as_matrices(optax.identity(), orthax.PathRules((("router", None),)))
-    with pytest.raises(ValueError, match=r"as_matrices: 'router' .* \(rule 'router'\); send it"):
-        transformation.update({"router": normal((4, 3))}, optax.EmptyState())
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
-@pytest.mark.parametrize("wrap", [orthax.as_matrices, orthax.muon])
-def test_a_matrix_that_is_not_floating_raises_and_names_itself(wrap, dtype):
-    inner = optax.identity() if wrap is orthax.as_matrices else 1e-3
-    message = (
-        rf"'table' has dtype {np.dtype(dtype).name}; a matrix must be real or complex floating"
-    )
-    with pytest.raises(TypeError, match=message):
-        wrap(inner).init({"table": struct(4, 3, dtype=dtype)})
-
-
-def test_explain_raises_for_wrong_dimension_numbers_in_its_own_name():
-    with pytest.raises(ValueError, match=r"explain: 'w' has shape \(4, 6\) .* name axis 5"):
-        orthax.explain({"w": struct(4, 6)}, MuonDimensionNumbers(0, 5))
 
 
 # --- whole models, one step

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from orthax.base.leaves import (
     Place,
@@ -71,6 +72,8 @@ def each_matrix(
     *,
     share: float = NONE,
     needs_params: bool = False,
+    numbers: tuple[Any, ...] = (),
+    once_per_shape: bool = False,
     init: Callable[[Any], tuple[jax.Array, ...]] | None = None,
     state_type: Any = None,
 ) -> EachMatrix:
@@ -84,11 +87,17 @@ def each_matrix(
         entries are not passed.
       share: Entries up to which leaves of one shape share a stack: NONE, SMALL, or ALL. More than
         NONE asks that `step` commutes with transposition and keeps no state.
-      needs_params: Whether `step` takes the params as its last argument.
+      needs_params: Whether `step` takes the params, after the state.
+      numbers: Last arguments of `step`: those of the public function that may be traced, which on
+        Explicit mesh axes must not be closed over.
+      once_per_shape: Whether a program shall hold `step` once per shape, not once per leaf.
       init: From zeros in the place of a leaf, or its `ShapeDtypeStruct`, to what the state holds
         for it. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
     """
+    mapped = functools.partial(
+        map_matrices, call, step, numbers=numbers, share=share, once_per_shape=once_per_shape
+    )
 
     def init_all(params: optax.Params) -> optax.OptState:
         if init is None or state_type is None:
@@ -108,9 +117,9 @@ def each_matrix(
             check_matrix_leaves(call, params)
         extra = [params] if needs_params else []
         if init is None or state_type is None:
-            (results,) = map_matrices(call, step, updates, *extra, share=share)
+            (results,) = mapped(updates, *extra)
             return results, state
-        results, *new = map_matrices(call, step, updates, *state, *extra, outputs=1 + len(state))
+        results, *new = mapped(updates, *state, *extra, outputs=1 + len(state))
         return results, state_type(*new)
 
     made = EachMatrix(init_all, update_all)
@@ -123,8 +132,10 @@ def map_matrices(
     fun: Callable[..., Any],
     tree: Any,
     *rest: Any,
+    numbers: tuple[Any, ...] = (),
     outputs: int = 1,
     share: float = NONE,
+    once_per_shape: bool = False,
 ) -> list[Any]:
     """Maps `fun` over the leaves of trees of matrices; `None` and masked leaves stay.
 
@@ -134,8 +145,10 @@ def map_matrices(
         i takes dtype and sharding from argument i.
       tree: Tree of matrices.
       *rest: Trees of its structure.
+      numbers: As in `each_matrix`.
       outputs: Number of results.
       share: As in `each_matrix`.
+      once_per_shape: As in `each_matrix`.
 
     Returns:
       The trees of results.
@@ -144,31 +157,51 @@ def map_matrices(
     rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))
     results: list[Row] = [row[:outputs] for row in rows]  # as they are, without entries
     shared = [x.size <= share and not at.on_auto_axes for x, at in zip(leaves, places, strict=True)]
+    traced = tuple(number for number in numbers if isinstance(number, Tracer))
+
+    def alone(row: Row, place: Place) -> Row:
+        """`fun` of one leaf."""
+
+        def call_it(traced: Row, *row: Any) -> Row:
+            return _typed(_bound(fun, numbers, traced), row)
+
+        if place.sharding is not None:
+            out = (place.sharding, *map(explicit_sharding, row[1:outputs]))
+            return laid_out(call_it, out)(traced, *row)
+        return jitted(*row) if once_per_shape else call_it(traced, *row)
+
+    # Traced once per shape.
+    jitted = jax.jit(lambda *row: _typed(_bound(fun, numbers, traced), row))
+
     for i, row in enumerate(rows):
         if row[0].size and not shared[i]:
-            results[i] = _run_alone(fun, row, places[i], outputs)
+            results[i] = alone(row, places[i])
     shared = [i for i, row in enumerate(rows) if row[0].size and shared[i]]
     for group in _groups(rows, places, shared):
-        call_once = functools.partial(_through_stack, fun, len(group))
+
+        def call_once(traced: Row, *arguments: Any, count: int = len(group)) -> Row:
+            return _through_stack(_bound(fun, numbers, traced), count, *arguments)
+
         if places[group[0]].sharding is not None:
             call_once = laid_out(call_once, tuple(places[i].sharding for i in group))
-        parts = call_once(*(x for i in group for x in rows[i]))
+        parts = call_once(traced, *(x for i in group for x in rows[i]))
         for i, part in zip(group, parts, strict=True):
             results[i] = (part,)
     return [structure.unflatten(column) for column in _columns(results, outputs)]
 
 
-def _run_alone(fun: Callable[..., Any], row: Row, place: Place, outputs: int) -> Row:
-    """Calls `fun` on one leaf; results take after the first arguments."""
+def _bound(fun: Callable[..., Any], numbers: Row, traced: Row) -> Callable[..., Any]:
+    """`fun` with its numbers, of which the traced ones come as given."""
+    given = iter(traced)
+    last = [next(given) if isinstance(number, Tracer) else number for number in numbers]
+    return lambda *arguments: fun(*arguments, *last)
 
-    def typed(*arguments: Any) -> Row:
-        found = fun(*arguments)
-        found = found if isinstance(found, tuple) else (found,)
-        return tuple(x.astype(like.dtype) for x, like in zip(found, arguments, strict=False))
 
-    if place.sharding is not None:
-        typed = laid_out(typed, (place.sharding, *map(explicit_sharding, row[1:outputs])))
-    return typed(*row)
+def _typed(fun: Callable[..., Any], row: Row) -> Row:
+    """Results of `fun` as a tuple; they take after the first arguments."""
+    found = fun(*row)
+    found = found if isinstance(found, tuple) else (found,)
+    return tuple(x.astype(like.dtype) for x, like in zip(found, row, strict=False))
 
 
 def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:

@@ -193,8 +193,9 @@ def partition(
         labels = ["rest" if leaf.view is None else "matrices" for leaf in decided]
         leaves = DecidedLeaves(tree, structure.unflatten(decided))
         chains = {name: part(leaves) if name in built else part for name, part in given.items()}
-        for name in built:
-            check.transformation(f"{call}: what {name} returns", chains[name])
+        for name, chain in chains.items():
+            if not hasattr(chain, "update"):
+                check.transformation(f"{call}: what {name} returns", chain)
         both = optax.partition(chains, structure.unflatten(labels))
         return keep_dtypes(both) if built else both
 
@@ -258,9 +259,7 @@ def _shown_matrices(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def resolve(
-    call: str, tree: Any, dimension_numbers: Any = None, *, report: bool = False
-) -> list[Leaf]:
+def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = False) -> list[Leaf]:
     """Decides for each leaf of a tree whether and how it is a matrix.
 
     A rule sees the leaf's path, its shape and the shapes of all other leaves, never values: the

@@ -87,7 +87,9 @@ def scale_by_adam_per_index(
         weight = jnp.sum(wide(zeros.real), axis=other, keepdims=True)
         return zeros.astype(mu_dtype or x.dtype), zeros.real, weight, jnp.zeros_like(weight)
 
-    def scaled(g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any) -> tuple[Any, ...]:
+    def scaled(
+        g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any, b1: Any, b2: Any, eps: Any
+    ) -> tuple[Any, ...]:
         # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
         # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
         mu = (1 - b1) * g + b1 * mu
@@ -97,5 +99,8 @@ def scale_by_adam_per_index(
         direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
         return direction, mu, nu, mu_weight, nu_weight
 
-    kept = each_matrix(call, scaled, init=start, state_type=ScaleByAdamPerIndexState)
+    numbers = (b1, b2, eps)
+    kept = each_matrix(
+        call, scaled, numbers=numbers, init=start, state_type=ScaleByAdamPerIndexState
+    )
     return keep_dtypes(kept, matrices_of=call)

@@ -46,7 +46,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     """
     check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 
-    def clipped(x: jax.Array) -> jax.Array:
+    def clipped(x: jax.Array, quantile: jax.typing.ArrayLike) -> jax.Array:
         limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
         if jnp.iscomplexobj(x):
             # Neither the magnitude of what is left overflows nor its reciprocal underflows.
@@ -57,4 +57,4 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
         # With a NaN as limit every entry is outside.
         return jnp.where(size <= limit, x, outside)
 
-    return each_matrix("clip_by_quantile", clipped, share=SMALL)
+    return each_matrix("clip_by_quantile", clipped, numbers=(quantile,), share=SMALL)

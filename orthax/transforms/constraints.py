@@ -6,7 +6,7 @@ so that `params + updates` satisfies the constraint. `project_tangent` stands at
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,10 +145,10 @@ def keep_unit_neurons(
     check.choice("keep_unit_neurons: axis", axis, tuple(_AXES))
     over = _AXES[axis]
 
-    def normalized(x: jax.Array, like: jax.Array) -> jax.Array:
+    def normalized(x: jax.Array, like: jax.Array, radius: jax.typing.ArrayLike) -> jax.Array:
         return jnp.multiply(radius, _unit_or(x, like, over))
 
-    return _kept("keep_unit_neurons", normalized)
+    return _kept("keep_unit_neurons", normalized, (radius,))
 
 
 def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTransformation:
@@ -185,23 +185,23 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
     if radius is not None:
         check.number("keep_norm: radius", radius, "(0, inf)")
 
-    def normalized(x: jax.Array, like: jax.Array) -> jax.Array:
+    def normalized(x: jax.Array, like: jax.Array, radius: Any) -> jax.Array:
         norm = _size(like, (-2, -1)) if radius is None else radius
         return jnp.multiply(norm, _unit_or(x, like, (-2, -1)))
 
-    return _kept("keep_norm", normalized)
+    return _kept("keep_norm", normalized, (radius,))
 
 
 def _kept(
-    call: str, end: Callable[[jax.Array, jax.Array], jax.Array], share: float = NONE
+    call: str, end: Callable[..., jax.Array], numbers: tuple[Any, ...] = (), share: float = NONE
 ) -> optax.GradientTransformation:
-    """Updates that lead to `end(aim, start)`, where the updates that came lead to the aim."""
+    """Updates to `end(aim, start, *numbers)`, where the updates that came lead to the aim."""
 
-    def step(u: jax.Array, w: jax.Array) -> jax.Array:
+    def step(u: jax.Array, w: jax.Array, *numbers: Any) -> jax.Array:
         start = wide(w)
-        return end(start + wide(u), start) - start
+        return end(start + wide(u), start, *numbers) - start
 
-    return each_matrix(call, step, share=share, needs_params=True)
+    return each_matrix(call, step, share=share, needs_params=True, numbers=numbers)
 
 
 def _size(x: jax.Array, axis: int | tuple[int, int]) -> jax.Array:

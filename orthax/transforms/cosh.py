@@ -67,14 +67,14 @@ def scale_by_cosh_rms(
     check.number("scale_by_cosh_rms: gamma", gamma, "[0, inf)")
     check.choice("scale_by_cosh_rms: mode", mode, MODES)
 
-    def scaled(x: jax.Array) -> jax.Array:
+    def scaled(x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1
         largest_is_one, _ = unit_max(x)
         norm = norm_of_scaled(largest_is_one)
         brake = _brake(largest_is_one, gamma * units / norm)
         return x * brake if mode == "code" else largest_is_one * (brake / norm)
 
-    return each_matrix("scale_by_cosh_rms", scaled, share=SMALL)
+    return each_matrix("scale_by_cosh_rms", scaled, numbers=(gamma,), share=SMALL)
 
 
 def _brake(x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:

@@ -1,6 +1,6 @@
 """`normalize_neurons`: NorMuon's second moment per neuron, which evens the neurons' step sizes."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def normalize_neurons(
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array]:
         return (rms_of_neurons(zeros_like(x)),)
 
-    def evened(x: jax.Array, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def evened(x: Any, rms: Any, decay: Any, eps: Any) -> tuple[jax.Array, jax.Array]:
         # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
         # squares that overflow.
         old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
@@ -96,4 +96,7 @@ def normalize_neurons(
         before, after = frobenius_norm(x), frobenius_norm(divided)
         return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 
-    return each_matrix("normalize_neurons", evened, init=start, state_type=NormalizeNeuronsState)
+    numbers = (decay, eps)
+    return each_matrix(
+        "normalize_neurons", evened, numbers=numbers, init=start, state_type=NormalizeNeuronsState
+    )

@@ -83,9 +83,7 @@ def scale_by_adam_rms(
     check.number("scale_by_adam_rms: rms", rms, "[0, inf)")
     check.choice("scale_by_adam_rms: direction", direction, _DIRECTIONS)
     entries = max if direction == "orthogonal" else lambda rows, cols: rows * cols
-    return _scale_by_shape(
-        "scale_by_adam_rms", lambda rows, cols: rms * math.sqrt(entries(rows, cols))
-    )
+    return _scale_by_shape("scale_by_adam_rms", lambda *shape: math.sqrt(entries(*shape)), rms)
 
 
 def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformation:
@@ -109,18 +107,17 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
     """
     check.number("scale_to_rms: rms", rms, "[0, inf)")
 
-    def scaled(x: jax.Array) -> jax.Array:
+    def scaled(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
         norm = rms * math.sqrt(math.prod(x.shape[-2:]))
         return jnp.multiply(norm, normalize(x))
 
-    return each_matrix("scale_to_rms", scaled)
+    return each_matrix("scale_to_rms", scaled, numbers=(rms,))
 
 
 def _scale_by_shape(
-    call: str, factor: Callable[[int, int], jax.typing.ArrayLike]
+    call: str, factor: Callable[[int, int], float], rms: jax.typing.ArrayLike = 1
 ) -> optax.GradientTransformation:
-    @jax.jit  # one function per shape in a program, however many leaves have it
-    def scaled(x: jax.Array) -> jax.Array:
-        return jnp.multiply(x, factor(*x.shape[-2:]))
+    def scaled(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.multiply(x, rms * factor(*x.shape[-2:]))
 
-    return each_matrix(call, scaled)
+    return each_matrix(call, scaled, numbers=(rms,), once_per_shape=True)

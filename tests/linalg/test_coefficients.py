@@ -206,14 +206,3 @@ def test_any_number_of_steps_stays_finite_and_accurate(lower, safety):
         assert len(table) == steps
         assert np.isfinite(table).all()
     assert error(table, lower) < 1e-9
-
-
-@pytest.mark.parametrize("lower", [0.0, -0.1, 1.0, 1.5])
-def test_a_lower_bound_outside_the_unit_interval_is_refused(lower):
-    with pytest.raises(ValueError, match="lower"):
-        coefficients.minimax(5, lower)
-
-
-def test_fewer_than_one_step_is_refused():
-    with pytest.raises(ValueError, match="steps"):
-        coefficients.minimax(0, 1e-3)

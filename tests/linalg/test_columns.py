@@ -227,38 +227,5 @@ def test_by_l1_they_may_hold_less():
 # --- bad input
 
 
-@pytest.mark.parametrize("rank", [0, -1, 5, np.int64(6)])
-def test_a_rank_outside_its_range_is_refused(rank):
-    with pytest.raises(ValueError, match=rf"top_columns.*rank.*\[1, 4\].*{rank}"):
-        top_columns(jnp.ones((3, 4)), rank)
-
-
-@pytest.mark.parametrize("rank", [True, 2.0, "2", None, jnp.int32(2)], ids=repr)
-def test_a_rank_that_is_no_integer_is_refused(rank):
-    with pytest.raises(TypeError, match=r"top_columns.*rank.*integer.*got"):
-        top_columns(jnp.ones((3, 4)), rank)
-
-
 def test_an_integer_of_numpy_is_a_rank():
     assert top_columns(jnp.ones((3, 4)), np.int64(2)).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("order", ["L2", "linf", 2, None])
-def test_an_unknown_order_is_refused_with_the_known_ones(order):
-    with pytest.raises(ValueError, match=f"top_columns.*order.*l1.*l2.*{order!r}"):
-        top_columns(jnp.ones((3, 4)), 2, order)
-
-
-def test_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"top_columns.*\(3,\).*two axes"):
-        top_columns(jnp.ones(3), 2)
-
-
-def test_integers_are_refused():
-    with pytest.raises(TypeError, match=r"top_columns.*int32.*floating"):
-        top_columns(jnp.ones((3, 4), jnp.int32), 2)
-
-
-def test_a_matrix_without_columns_is_refused():
-    with pytest.raises(ValueError, match=r"top_columns.*rank.*got 1"):
-        top_columns(jnp.ones((3, 0)), 1)

@@ -311,36 +311,3 @@ def test_columns_of_the_longest_matrix_are_as_exact(transposed):
 
 def message(*parts):
     return "(?s)" + ".*".join(parts)
-
-
-@by_function
-def test_a_vector_is_refused(function):
-    with pytest.raises(ValueError, match=message(function.__name__, r"\(3,\)", "two axes")):
-        function(jnp.ones(3))
-
-
-@by_function
-def test_integers_are_refused(function):
-    with pytest.raises(TypeError, match=message(function.__name__, "int32", "floating")):
-        function(jnp.ones((3, 4), jnp.int32))
-
-
-@by_function
-def test_a_list_is_refused(function):
-    with pytest.raises(TypeError, match=message(function.__name__, "must be an array", "list")):
-        function([[1.0, 2.0]])
-
-
-@pytest.mark.parametrize("method", ["FFT", None, 2])
-@pytest.mark.parametrize("shape", [(3, 4), (0, 4)], ids=str)
-@by_function
-def test_an_unknown_method_is_refused_with_the_known_ones(function, shape, method):
-    known = (function.__name__, "method", "auto", "matrix", "fft", repr(method))
-    with pytest.raises(ValueError, match=message(*known)):
-        function(jnp.ones(shape), method=method)
-
-
-@pytest.mark.parametrize("n", [0, -1, LONGEST + 1])
-def test_a_size_outside_its_range_is_refused(n):
-    with pytest.raises(ValueError, match=message("dct_matrix", "n", str(LONGEST), f"got {n}")):
-        dct_matrix(n)

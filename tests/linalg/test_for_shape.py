@@ -418,36 +418,3 @@ def test_newton_schulz_takes_the_function_itself(shape):
     actual = jax.jit(lambda x: newton_schulz(x, coefficients.for_shape))(x)
     expected = oracles.newton_schulz(oracles.float64(x), table)
     assert oracles.relative_error(actual, expected) < 1e-4
-
-
-@pytest.mark.parametrize("bad", [0, -1, 2.0, "5", True, None])
-@pytest.mark.parametrize("name", ["m", "n", "steps"])
-def test_a_size_that_is_no_positive_integer_is_refused(name, bad):
-    sizes = {"m": 4, "n": 5, "steps": 3, name: bad}
-    with pytest.raises(ValueError, match=f"for_shape: {name} must be an integer of at least 1"):
-        coefficients.for_shape(**sizes)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        [],
-        [0.0, 0.0],
-        [1.0, -0.1],
-        [1.0, np.nan],
-        [np.inf],
-        [[1.0]],
-        1.0,
-        "ab",
-        np.array([1 + 1j]),
-        None,
-    ],
-)
-def test_a_spectrum_that_is_no_vector_of_singular_values_is_refused(bad):
-    with pytest.raises(ValueError, match=r"for_shape: spectra\[1\] must be a 1-D array"):
-        coefficients.for_shape(4, 5, spectra=[np.ones(3), bad])
-
-
-def test_no_spectra_at_all_are_refused():
-    with pytest.raises(ValueError, match="for_shape: spectra must hold at least one"):
-        coefficients.for_shape(4, 5, spectra=[])

@@ -331,29 +331,3 @@ def test_without_compilation_and_vectorised_it_is_the_same():
 
 
 # --- what is refused
-
-
-@pytest.mark.parametrize(
-    "restarts", [(0,), (5,), (-1,), (2, 2), (3, 1), (1, 2, 3, 4, 5), (1.5,), 3, "ab"], ids=str
-)
-def test_restarts_that_are_no_increasing_steps_are_refused(restarts):
-    with pytest.raises(ValueError, match="gram_newton_schulz: restarts") as caught:
-        gram_newton_schulz(jnp.ones((5, 12)), restarts=restarts)
-    assert "from 1 to 4" in str(caught.value)
-    assert str(caught.value).endswith(f"got {restarts!r}.")
-
-
-@pytest.mark.parametrize("table", [(), ((1.5, -0.5),), (2.0, -1.5, 0.5)], ids=str)
-def test_a_table_that_is_not_of_triples_is_refused(table):
-    with pytest.raises(ValueError, match="gram_newton_schulz: coefficients"):
-        gram_newton_schulz(jnp.ones((2, 2)), table)
-
-
-def test_fewer_than_two_axes_are_refused():
-    with pytest.raises(ValueError, match=r"gram_newton_schulz: x has shape \(5,\)"):
-        gram_newton_schulz(jnp.ones(5))
-
-
-def test_integers_are_refused():
-    with pytest.raises(TypeError, match="gram_newton_schulz: x has dtype int32"):
-        gram_newton_schulz(jnp.ones((2, 2), jnp.int32))

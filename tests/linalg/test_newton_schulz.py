@@ -455,34 +455,3 @@ def test_the_gradient_of_a_prescaled_iteration_is_finite_at_zero_and_at_rank_one
     x[1] = 1.0
     x[2, 0, 0] = 1.0
     assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
-
-
-@pytest.mark.parametrize("prescale", ["spectral", "AOL", None, 2])
-def test_an_unknown_prescale_is_refused_with_the_known_ones(prescale):
-    with pytest.raises(ValueError, match="newton_schulz: prescale") as caught:
-        newton_schulz(jnp.ones((2, 2)), prescale=prescale)
-    for name in ("frobenius", "schatten", "aol"):
-        assert name in str(caught.value)
-    assert str(caught.value).endswith(f"got {prescale!r}.")
-
-
-@pytest.mark.parametrize("shape", [(), (5,)], ids=str)
-def test_fewer_than_two_axes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"axes|axis|dimension"):
-        newton_schulz(jnp.ones(shape))
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
-def test_integers_are_refused(dtype):
-    with pytest.raises(TypeError, match=r"int32|bool"):
-        newton_schulz(jnp.ones((2, 2), dtype))
-
-
-@pytest.mark.parametrize(
-    "table",
-    [(), ((1.5, -0.5),), ((2.0, -1.5, 0.5), (1.5, -0.5)), (2.0, -1.5, 0.5)],
-    ids=["empty", "pair", "ragged", "flat"],
-)
-def test_a_table_that_is_not_of_triples_is_refused(table):
-    with pytest.raises(ValueError, match="coefficients"):
-        newton_schulz(jnp.ones((2, 2)), table)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
 import orthax
 import orthax.nn
@@ -513,27 +513,3 @@ def test_an_einsum_string_that_does_not_name_the_axes_of_its_kernel_raises(equat
 
 
 # --- other wrong calls
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        (linen.Dense(3), "Dense"),
-        ({"kernel": jnp.ones((2, 3))}, "dict"),
-        (nnx.Linear, "[A-Za-z]*Meta"),
-        (None, "NoneType"),
-    ],
-)
-def test_a_model_of_another_kind_raises_and_says_what_came(model, name):
-    with pytest.raises(TypeError, match=rf"dimension_numbers: model must be .*got ({name})\."):
-        dimension_numbers(model)
-
-
-def test_exclude_must_be_regular_expressions():
-    model = abstract(lambda r: nnx.Linear(2, 3, rngs=r))
-    with pytest.raises(TypeError, match=r"dimension_numbers: exclude must be a regular .*got 3"):
-        dimension_numbers(model, exclude=3)
-    with pytest.raises(TypeError, match=r"dimension_numbers: exclude must be a regular .*\[3\]"):
-        dimension_numbers(model, exclude=[3])
-    with pytest.raises(ValueError, match=r"dimension_numbers: exclude='\(' is no regular"):
-        dimension_numbers(model, exclude="(")

@@ -147,24 +147,3 @@ def test_layers_can_be_stacked_with_vmap():
     outputs = apply(layers, jnp.ones((4, 5)))
     first = reflections(layers.input_reflectors[...][0])[:, :3]
     np.testing.assert_allclose(outputs[0], np.ones((4, 5)) @ first, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0, 3, None), ValueError, "in_features must be at least 1, got 0"),
-        ((3, 2.0, None), TypeError, "out_features must be an integer of at least 1, got 2.0"),
-        ((3, 4, 0), ValueError, r"rank must lie in \[1, 3\], got 0"),
-        ((3, 4, 4), ValueError, r"rank must lie in \[1, 3\], got 4"),
-    ],
-)
-def test_bad_sizes_are_refused(arguments, error, message):
-    with pytest.raises(error, match=f"HouseholderLinear: {message}"):
-        layer_of(arguments)
-
-
-def test_a_kernel_of_three_axes_and_a_bias_that_does_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"kernel must have two axes, got shape \(2, 3, 4\)"):
-        HouseholderLinear.from_kernel(jnp.ones((2, 3, 4)))
-    with pytest.raises(ValueError, match=r"bias must have shape \(3,\), got \(2,\)"):
-        HouseholderLinear.from_kernel(jnp.ones((2, 3)), jnp.ones(2))

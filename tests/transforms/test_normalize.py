@@ -155,8 +155,3 @@ def test_trees_with_none_and_masked_leaves_are_kept():
     assert jax.tree.structure(actual) == jax.tree.structure(tree)
     for found, g in ((actual["a"], x), (actual["d"]["e"], y)):
         assert oracles.relative_error(found, oracles.normalize_neurons(g, 0.0)[0]) < 2e-6
-
-
-def test_an_unknown_axis_is_refused():
-    with pytest.raises(ValueError, match="axis"):
-        orthax.normalize_neurons(axis="rows")

@@ -183,9 +183,3 @@ def test_there_is_no_state_and_params_are_not_needed():
     updates, new_state = transformation.update({"w": jnp.ones((3, 4))}, state)
     assert updates["w"].shape == (3, 4)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
-
-
-def test_a_vector_is_refused():
-    transformation = orthax.orthogonalize()
-    with pytest.raises(ValueError, match=r"axes|axis|dimension"):
-        apply(transformation, {"bias": jnp.ones(3)})

@@ -9,7 +9,7 @@ import optax
 import oracles
 import pytest
 import tolerances
-from helpers import normal, says
+from helpers import normal
 
 import orthax
 from orthax.conv_penalties import convolution_orthogonality
@@ -608,89 +608,3 @@ def test_kernels_of_convolutions_have_their_own_penalty(strides):
 
 
 # --- errors
-
-
-@pytest.mark.parametrize("strength", [-1, -0.1, np.nan, np.inf, np.float32(-2)])
-def test_a_strength_that_is_negative_or_not_finite_is_refused(strength):
-    accepted = says("add_penalty: strength must be finite and at least 0", f"got {strength!r}.")
-    with pytest.raises(ValueError, match=accepted):
-        orthax.add_penalty(soft_orthogonality, strength)
-
-
-@pytest.mark.parametrize("strength", ["1", None, (0.1,), 1j, True])
-def test_a_strength_that_is_no_number_is_refused(strength):
-    accepted = says("add_penalty: strength must be a number", f"got {strength!r}.")
-    with pytest.raises(TypeError, match=accepted):
-        orthax.add_penalty(soft_orthogonality, strength)
-
-
-@pytest.mark.parametrize(
-    ("penalty", "found"),
-    [
-        (3.0, 3.0),
-        (None, None),
-        ("soft", "soft"),
-        (orthax.PathRules(((r"kernel", soft_orthogonality), (r"bias", 3))), 3),
-        (orthax.PathRules(((r"kernel", None),), default="soft"), "soft"),
-    ],
-)
-def test_what_is_no_penalty_is_refused(penalty, found):
-    accepted = says(
-        "add_penalty: penalty must be a function", "WithMemory", "PathRules", repr(found)
-    )
-    with pytest.raises(TypeError, match=accepted):
-        orthax.add_penalty(penalty, 1.0)
-
-
-def test_params_are_needed():
-    params = {"kernel": jnp.ones((3, 2))}
-    with pytest.raises(ValueError, match="add_penalty: update needs params"):
-        ADD_SOFT.update(params, ADD_SOFT.init(params))
-
-
-@pytest.mark.parametrize(
-    "penalty",
-    [soft_orthogonality, orthax.PathRules(((".", soft_orthogonality),))],
-    ids=["", "rules"],
-)
-def test_a_penalty_that_refuses_a_leaf_names_its_path_and_the_way_out(penalty):
-    params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-    transformation = orthax.add_penalty(penalty, 1.0)
-    parts = ("add_penalty: 'dense/bias'", "soft_orthogonality", (2,), "mask", "PathRules")
-    for update in (transformation.update, jax.jit(transformation.update)):
-        with pytest.raises(ValueError, match=says(*parts)):
-            update(params, transformation.init(params), params)
-
-
-def test_a_memory_that_refuses_a_leaf_names_its_path_at_init():
-    params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-    with pytest.raises(ValueError, match=says("add_penalty: 'dense/bias'", (2,), "mask")):
-        WARM.init(params)
-
-
-@pytest.mark.parametrize(
-    "penalty",
-    [
-        lambda w: w,
-        lambda w: jnp.sum(w)[None],
-        lambda w: jnp.sum(w) * 1j,
-        lambda w: (jnp.sum(w), w),
-        lambda w: None,
-        lambda w: jnp.sum(w).astype(jnp.int32),
-        WithMemory(lambda w: jnp.zeros(()), lambda w, m: (w, m)),
-    ],
-    ids=["matrix", "vector", "complex", "pair", "none", "integer", "with memory"],
-)
-def test_a_penalty_that_gives_no_real_scalar_is_refused_with_the_leafs_path(penalty):
-    params = {"dense": {"kernel": jnp.ones((3, 2))}}
-    transformation = orthax.add_penalty(penalty, 1.0)
-    with pytest.raises(TypeError, match="add_penalty: 'dense/kernel'"):
-        transformation.update(params, transformation.init(params), params)
-
-
-@pytest.mark.parametrize("penalty", [lambda w: float(w.sum()), lambda w: np.asarray(w).sum()])
-def test_an_error_of_jax_about_a_penalty_keeps_its_words_and_gets_the_leafs_path(penalty):
-    params = {"dense": {"kernel": jnp.ones((3, 2))}}
-    transformation = orthax.add_penalty(penalty, 1.0)
-    with pytest.raises(TypeError, match=says("add_penalty: 'dense/kernel'", "racer")):
-        transformation.update(params, transformation.init(params), params)

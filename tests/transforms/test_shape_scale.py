@@ -141,8 +141,3 @@ def test_there_is_no_state_and_it_compiles(make):
     assert not jax.tree.leaves(state)
     jitted, _ = jax.jit(transformation.update)(tree, state)
     np.testing.assert_allclose(jitted["w"], apply(transformation, tree)["w"], rtol=1e-6)
-
-
-def test_an_unknown_direction_is_refused():
-    with pytest.raises(ValueError, match="direction"):
-        orthax.scale_by_adam_rms(direction="orthonormal")
