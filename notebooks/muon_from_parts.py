@@ -93,9 +93,9 @@ assert abs(rms - 0.2) < 1e-4
 # %% [markdown]
 # ## All together
 #
-# Leaves of a model are not all matrices, and not all matrices are `(rows, cols)`. `as_matrices` shows a
-# transformation every leaf as a matrix; `partition_matrices` sends the others elsewhere; `explain`
-# shows both decisions.
+# Leaves of a model are not all matrices, and not all matrices are `(rows, cols)`. `partition_matrices`
+# decides over the whole tree, sends the others elsewhere and, in the chain of the matrices, shows a
+# transformation each of them as a matrix; `explain` shows what it decides.
 
 # %%
 params = {
@@ -108,9 +108,9 @@ print(orthax.explain(params))
 # %%
 learning_rate = 3e-3
 by_hand = orthax.partition_matrices(
-    optax.chain(
+    lambda leaves: optax.chain(
         optax.trace(0.95, nesterov=True),
-        orthax.as_matrices(optax.chain(orthax.orthogonalize(), orthax.scale_by_adam_rms())),
+        leaves(optax.chain(orthax.orthogonalize(), orthax.scale_by_adam_rms())),
         optax.scale_by_learning_rate(learning_rate),
     ),
     optax.adamw(learning_rate, weight_decay=0.0),
