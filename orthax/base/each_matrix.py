@@ -156,37 +156,28 @@ def map_matrices(
     leaves, places, structure = matrix_leaves(call, tree)
     rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))
     results: list[Row] = [row[:outputs] for row in rows]  # as they are, without entries
-    shared = [x.size <= share and not at.on_auto_axes for x, at in zip(leaves, places, strict=True)]
+    filled = [i for i, x in enumerate(leaves) if x.size]
+    # Leaves on Auto axes share no stack: it would mix shardings that only the compiler knows.
+    shared = {i for i in filled if leaves[i].size <= share and not places[i].on_auto_axes}
+    groups = [[i] for i in filled if i not in shared] + _groups(rows, places, sorted(shared))
+
     traced = tuple(number for number in numbers if isinstance(number, Tracer))
+    bound = _bound(fun, numbers, traced)
+    bound = jax.jit(bound) if once_per_shape else bound
+    for group in groups:
+        apply = _through_stack if group[0] in shared else _alone
+        these = [rows[i] for i in group]
+        if places[group[0]].sharding is None:
+            found = apply(bound, these)
+        else:  # every traced array is an argument: none of Explicit type may be closed over
 
-    def alone(row: Row, place: Place) -> Row:
-        """`fun` of one leaf."""
+            def inside(traced: Row, these: list[Row], apply: Any = apply) -> list[Row]:
+                return apply(_bound(fun, numbers, traced), these)
 
-        def call_it(traced: Row, *row: Any) -> Row:
-            return _typed(_bound(fun, numbers, traced), row)
-
-        if place.sharding is not None:
-            out = (place.sharding, *map(explicit_sharding, row[1:outputs]))
-            return laid_out(call_it, out)(traced, *row)
-        return jitted(*row) if once_per_shape else call_it(traced, *row)
-
-    # Traced once per shape.
-    jitted = jax.jit(lambda *row: _typed(_bound(fun, numbers, traced), row))
-
-    for i, row in enumerate(rows):
-        if row[0].size and not shared[i]:
-            results[i] = alone(row, places[i])
-    shared = [i for i, row in enumerate(rows) if row[0].size and shared[i]]
-    for group in _groups(rows, places, shared):
-
-        def call_once(traced: Row, *arguments: Any, count: int = len(group)) -> Row:
-            return _through_stack(_bound(fun, numbers, traced), count, *arguments)
-
-        if places[group[0]].sharding is not None:
-            call_once = laid_out(call_once, tuple(places[i].sharding for i in group))
-        parts = call_once(traced, *(x for i in group for x in rows[i]))
-        for i, part in zip(group, parts, strict=True):
-            results[i] = (part,)
+            out = [tuple(map(explicit_sharding, row[:outputs])) for row in these]
+            found = laid_out(inside, out)(traced, these)
+        for i, row in zip(group, found, strict=True):
+            results[i] = row
     return [structure.unflatten(column) for column in _columns(results, outputs)]
 
 
@@ -197,11 +188,12 @@ def _bound(fun: Callable[..., Any], numbers: Row, traced: Row) -> Callable[..., 
     return lambda *arguments: fun(*arguments, *last)
 
 
-def _typed(fun: Callable[..., Any], row: Row) -> Row:
-    """Results of `fun` as a tuple; they take after the first arguments."""
+def _alone(fun: Callable[..., Any], rows: list[Row]) -> list[Row]:
+    """Results of `fun` on one row; they take after its first arrays."""
+    (row,) = rows
     found = fun(*row)
     found = found if isinstance(found, tuple) else (found,)
-    return tuple(x.astype(like.dtype) for x, like in zip(found, row, strict=False))
+    return [tuple(x.astype(like.dtype) for x, like in zip(found, row, strict=False))]
 
 
 def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
@@ -212,10 +204,7 @@ def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
 
 
 def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[list[int]]:
-    """Positions of the leaves that share a stack: one dtype, shape up to transposition, sharding.
-
-    Leaves on Auto axes share none: their shardings may differ, and a stack would mix them.
-    """
+    """Positions of the leaves that share a stack: of one dtype, shape (or its transpose), sharding."""
     groups: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     chunks: dict[Any, int] = {}
@@ -236,28 +225,26 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
     return list(groups.values())
 
 
-def _through_stack(fun: Callable[..., jax.Array], rows: int, *arguments: Any) -> Row:
-    """Calls `fun` once on the stack of some rows' matrices, and cuts the result.
+def _through_stack(fun: Callable[..., jax.Array], rows: list[Row]) -> list[Row]:
+    """Results of `fun` on the stack of some rows' matrices, cut again.
 
     Args:
       fun: Function of stacks (k, m, n), one for each array of a row; commutes with transposition.
-      rows: How many there are.
-      *arguments: The arrays of the first row, of the second, ...
+      rows: The rows, each of arrays of one shape.
     """
-    width = len(arguments) // rows
-    xs = arguments[::width]
-    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in arguments]
-    if rows == 1 and math.prod(xs[0].shape[:-2]) == 1:
-        results = [fun(*wide)]
+    tall = [row[0].shape[-2] > row[0].shape[-1] for row in rows]
+    wide = [[x.mT if t else x for x in row] for row, t in zip(rows, tall, strict=True)]
+    if len(rows) == 1 and math.prod(rows[0][0].shape[:-2]) == 1:
+        results = [fun(*wide[0])]
     else:
-        matrices = [jnp.reshape(y, (-1, *y.shape[-2:])) for y in wide]
-        stack = _map_or_batch(fun, *(jnp.concatenate(matrices[i::width]) for i in range(width)))
-        parts = _split(stack, [len(y) for y in matrices[::width]])
-        results = [jnp.reshape(y, x.shape) for y, x in zip(parts, wide[::width], strict=True)]
-    return tuple(
-        (result.mT if x.shape[-2] > x.shape[-1] else result).astype(x.dtype)
-        for result, x in zip(results, xs, strict=True)
-    )
+        matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
+        stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
+        parts = _split(_map_or_batch(fun, *stacks), [len(row[0]) for row in matrices])
+        results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]
+    return [
+        ((result.mT if t else result).astype(row[0].dtype),)
+        for result, row, t in zip(results, rows, tall, strict=True)
+    ]
 
 
 def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
