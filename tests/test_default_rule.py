@@ -279,7 +279,7 @@ def vmapped_linear(rngs):
 def test_nnx_layers_that_names_do_not_tell_apart_raise_and_name_leaf_and_remedy(layer):
     model = nnx.eval_shape(lambda: nnx.Dict(mix=layer(nnx.Rngs(0))))
     message = (
-        r"partition_matrices: 'mix/kernel' has shape \(\d, \d, \d\).*neither names nor shapes"
+        r"muon: 'mix/kernel' has shape \(\d, \d, \d\).*neither names nor shapes"
         r".*orthax\.nn\.dimension_numbers\(model\).*orthax\.PathRules\(\(\(r'mix/kernel'"
     )
     with pytest.raises(ValueError, match=message):

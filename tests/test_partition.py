@@ -9,7 +9,7 @@ from helpers import normal_tree
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
-from orthax import partition
+from orthax.matrices import partition
 
 # The bias alone tells that the last two axes of the kernel are its outputs.
 SHAPES = {

@@ -204,7 +204,7 @@ def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
 
 
 def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[list[int]]:
-    """Positions of the leaves that share a stack: of one dtype, shape (or its transpose), sharding."""
+    """Positions of the leaves that share a stack: of one dtype, shape or its transpose, sharding."""
     groups: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     chunks: dict[Any, int] = {}

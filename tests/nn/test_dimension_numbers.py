@@ -463,7 +463,7 @@ def test_bare_params_are_left_to_the_default_rule():
         "scale_of_all": "fallback",
     }
     optimizer = orthax.muon(1e-3, dimension_numbers=dimension_numbers(model))
-    with pytest.raises(ValueError, match=r"partition_matrices: 'experts' has shape \(5, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"muon: 'experts' has shape \(5, 3, 4\)"):
         optimizer.init(nnx.state(model, nnx.Param))
 
 
