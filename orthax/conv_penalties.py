@@ -88,8 +88,7 @@ def convolution_orthogonality(
       >>> print(convolution_orthogonality(shift), convolution_orthogonality(2 * shift))
       0.0 18.0
 
-    Reference:
-      Wang et al., Orthogonal Convolutional Neural Networks, 2020,
+    Reference: Wang et al., Orthogonal Convolutional Neural Networks, 2020,
       <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
       Scalability of Orthogonal Convolutional Neural Networks, 2021,
       <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
@@ -174,9 +173,8 @@ def orthogonal_convolution_exists(
       >>> orthogonal_convolution_exists((3, 3), 4, 2, 32)  # 18 < 32 <= 2 * 4**2
       False
 
-    Reference:
-      Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1 and
-      propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
+    Reference: Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1
+      and propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
     """
     call = "orthogonal_convolution_exists"
     geometry = make_geometry(

@@ -118,12 +118,7 @@ def each_matrix(
 
 
 def map_matrices(
-    call: str,
-    fun: Callable[..., Any],
-    tree: Any,
-    *rest: Any,
-    outputs: int = 1,
-    share: float = NONE,
+    call: str, fun: Callable[..., Any], tree: Any, *rest: Any, outputs: int = 1, share: float = NONE
 ) -> list[Any]:
     """Maps `fun` over the leaves of trees of matrices; `None` and masked leaves stay.
 

@@ -135,9 +135,7 @@ def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def keep_dtypes(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def keep_dtypes(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Lets `inner` compute where numbers do not overflow, and keeps the dtypes that came.
 
     float16 leaves are shown in float32: a heavy-ball sum of float16 gradients near 1e3 overflows

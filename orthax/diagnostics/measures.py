@@ -98,8 +98,7 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
       >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))).round(4))
       1.5
 
-    Reference:
-      Rudelson and Vershynin, Sampling from Large Matrices, 2007,
+    Reference: Rudelson and Vershynin, Sampling from Large Matrices, 2007,
       <https://arxiv.org/abs/math/0503442>.
     """
     check_matrices("stable_rank", w, "w")
@@ -131,8 +130,7 @@ def effective_rank(w: jax.Array) -> jax.Array:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
       2.0
 
-    Reference:
-      Roy and Vetterli, The Effective Rank, 2007,
+    Reference: Roy and Vetterli, The Effective Rank, 2007,
       <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>.
     """
     check_matrices("effective_rank", w, "w")

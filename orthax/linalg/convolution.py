@@ -221,8 +221,7 @@ def convolution_singular_values(
       >>> print(convolution_singular_values(kernel, 4).round(3) + 0.0)
       [2.    1.414 1.414 0.   ]
 
-    Reference:
-      Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
+    Reference: Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
       <https://arxiv.org/abs/1805.10408>.
     """
     call = "convolution_singular_values"

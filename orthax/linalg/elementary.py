@@ -158,8 +158,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
       >>> print(top_columns(jnp.array([[1.0, -3.0, 2.0, 3.0]]), 2))
       [1 3]
 
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
     """
     check_matrices("top_columns", x)
     rank = check.integer("top_columns: rank", rank, f"[1, {x.shape[-1]}]")

@@ -42,8 +42,7 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
       [[ 0. -1.]
        [-1.  0.]]
 
-    Reference:
-      Joffrain et al., Accumulating Householder Transformations, Revisited, 2006,
+    Reference: Joffrain et al., Accumulating Householder Transformations, Revisited, 2006,
       <https://doi.org/10.1145/1141885.1141886>.
     """
     call = "householder_product"
@@ -90,8 +89,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
       [[ 0. -1.]
        [ 1.  0.]]
 
-    Reference:
-      Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
+    Reference: Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
     """
     _check_tall("householder_vectors", "q", q)
     if q.size == 0:
@@ -147,8 +145,7 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
        [ 0.  0.]
        [ 0.  0.]]
 
-    Reference:
-      Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
       <https://arxiv.org/abs/2307.08012>.
     """
     call = "householder_projector"

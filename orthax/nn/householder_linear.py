@@ -70,8 +70,7 @@ class HouseholderLinear(nnx.Module):
       >>> layer(jnp.ones((2, 5))).shape
       (2, 3)
 
-    Reference:
-      Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
       <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
     """
 

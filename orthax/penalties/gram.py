@@ -31,8 +31,7 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
       >>> print(soft_orthogonality(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
       9.0
 
-    Reference:
-      Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
+    Reference: Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
       <https://arxiv.org/abs/1810.09102>, equation 2.
     """
     deviation = _deviation("soft_orthogonality", w)
@@ -60,8 +59,7 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
       >>> print(double_soft_orthogonality(jnp.array([[2.0, 0.0]])))
       18.0
 
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
     """
     check_matrices("double_soft_orthogonality", w, "w")
     # Both sums are of (s^2 - 1)^2 over singular values s; the larger Gram matrix has |m - n|
@@ -89,8 +87,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
       >>> print(mutual_coherence(jnp.array([[1.0, 0.5], [0.0, 1.0]])))
       0.5
 
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
     """
     deviation = _deviation("mutual_coherence", w)
     # The magnitudes, with slope zero at zero, where `abs` of a complex number has none.
@@ -135,9 +132,8 @@ def lambda_orthogonality(
       >>> print(lambda_orthogonality(w, radius=1.0).round(2), lambda_orthogonality(w, 4.0).round(2))
       3.0 0.0
 
-    Reference:
-      Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning, 2025,
-      <https://arxiv.org/abs/2509.16664>, equation 6.
+    Reference: Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning,
+      2025, <https://arxiv.org/abs/2509.16664>, equation 6.
     """
     call = "lambda_orthogonality"
     check.number(f"{call}: radius", radius, "[0, inf]")

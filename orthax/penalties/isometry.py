@@ -39,8 +39,7 @@ def spectral_restricted_isometry(
       >>> print(spectral_restricted_isometry(jnp.array([[2.0, 0.0], [0.0, 1.0]])).round(4))
       3.0
 
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
     """
     init, apply = _restricted_isometry("spectral_restricted_isometry", steps, squared)
     return apply(w, init(w))[0]

@@ -71,8 +71,7 @@ def scale_by_adam_per_index(
        [ 1.  1.]
        [ 0.  1.]]
 
-    Reference:
-      Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
+    Reference: Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
     """
     call = "scale_by_adam_per_index"
     check.number(f"{call}: b1", b1, "[0, 1)")

@@ -41,8 +41,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
       >>> print(updates)
       [[ 1. -2.  3. -4.  4.]]
 
-    Reference:
-      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
     check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 

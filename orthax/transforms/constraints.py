@@ -61,8 +61,8 @@ def keep_orthogonal(
       [[ 0.707 -0.707]
        [ 0.707  0.707]]
 
-    Reference:
-      Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
+    Reference: Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008,
+      example 4.1.3.
     """
     check.function("keep_orthogonal: method", method)
     return _kept("keep_orthogonal", lambda aim, _: method(aim), share=ALL)
@@ -92,9 +92,8 @@ def project_tangent() -> optax.GradientTransformation:
       [[ 0. -1.]
        [ 1.  0.]]
 
-    Reference:
-      Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998,
-      <https://arxiv.org/abs/physics/9806030>.
+    Reference: Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints,
+      1998, <https://arxiv.org/abs/physics/9806030>.
     """
 
     def projected(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -138,8 +137,7 @@ def keep_unit_neurons(
       [[0.6 0. ]
        [0.8 1. ]]
 
-    Reference:
-      Absil, Mahony and Sepulchre, 2008: the oblique manifold.
+    Reference: Absil, Mahony and Sepulchre, 2008: the oblique manifold.
     """
     check.number("keep_unit_neurons: radius", radius, "(0, inf)")
     check.choice("keep_unit_neurons: axis", axis, tuple(_AXES))

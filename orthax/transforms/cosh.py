@@ -61,8 +61,7 @@ def scale_by_cosh_rms(
       code [[ 2.4 -3.2]]
       rms [[ 0.4 -0.5]]
 
-    Reference:
-      Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
+    Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     check.number("scale_by_cosh_rms: gamma", gamma, "[0, inf)")
     check.choice("scale_by_cosh_rms: mode", mode, _MODES)

@@ -67,8 +67,7 @@ def normalize_neurons(
       >>> print((updates / updates.max()).round(3))
       [[1. 1. 0.]]
 
-    Reference:
-      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
     """
     check.number("normalize_neurons: decay", decay, "[0, 1)")
     check.number("normalize_neurons: eps", eps, "[0, inf)")

@@ -52,9 +52,8 @@ def orthogonalize(
       [[0. 1.]
        [1. 0.]]
 
-    Reference:
-      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein and
-      Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein
+      and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
     """
     check.function("orthogonalize: method", method)
     check.flag("orthogonalize: stack", stack)

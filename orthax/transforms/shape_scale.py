@@ -28,8 +28,7 @@ def scale_by_width() -> optax.GradientTransformation:
       A stateless transformation.
       Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
 
-    Reference:
-      Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
+    Reference: Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
     """
     return _scale_by_shape(
         "scale_by_width", lambda rows, cols: math.sqrt(max(1, cols / max(1, rows)))
@@ -46,15 +45,14 @@ def scale_by_unit_rms() -> optax.GradientTransformation:
       A stateless transformation.
       Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
 
-    Reference:
-      Bernstein and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
+    Reference: Bernstein and Newhouse, Old Optimizer, New Norm, 2024,
+      <https://arxiv.org/abs/2409.20325>.
     """
     return _scale_by_shape("scale_by_unit_rms", lambda rows, cols: math.sqrt(cols / max(1, rows)))
 
 
 def scale_by_adam_rms(
-    rms: jax.typing.ArrayLike = 0.2,
-    direction: Literal["orthogonal", "unit_norm"] = "orthogonal",
+    rms: jax.typing.ArrayLike = 0.2, direction: Literal["orthogonal", "unit_norm"] = "orthogonal"
 ) -> optax.GradientTransformation:
     r"""Scales a direction of known norm so that its entries have about the RMS of Adam's updates.
 
@@ -76,9 +74,8 @@ def scale_by_adam_rms(
       ValueError: If `rms` is negative or not finite, or `direction` is unknown.
       TypeError: If `rms` is no number, or `direction` no string.
 
-    Reference:
-      Liu et al., Muon is Scalable for LLM Training, 2025, <https://arxiv.org/abs/2502.16982>, Lemma
-      1.
+    Reference: Liu et al., Muon is Scalable for LLM Training, 2025,
+      <https://arxiv.org/abs/2502.16982>, Lemma 1.
     """
     check.number("scale_by_adam_rms: rms", rms, "[0, inf)")
     check.choice("scale_by_adam_rms: direction", direction, _DIRECTIONS)
@@ -103,9 +100,8 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
         axes.
       TypeError: If `rms` is no number; at `update`, for an integer leaf.
 
-    Reference:
-      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is scaled
-      so.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is
+      scaled so.
     """
     check.number("scale_to_rms: rms", rms, "[0, inf)")
 

@@ -46,8 +46,7 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
       >>> print(dct(jnp.ones((1, 4))).round(3))
       [[2. 0. 0. 0.]]
 
-    Reference:
-      Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
+    Reference: Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
     """
     return _transformed("dct", x, method)
 

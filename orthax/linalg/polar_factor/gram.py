@@ -75,8 +75,8 @@ def gram_newton_schulz(
       >>> bool(jnp.allclose(q, jnp.eye(2, 3), atol=1e-3))
       True
 
-    Reference:
-      Dao AI Lab, Gram Newton-Schulz, 2026, <https://github.com/Dao-AILab/gram-newton-schulz>.
+    Reference: Dao AI Lab, Gram Newton-Schulz, 2026,
+      <https://github.com/Dao-AILab/gram-newton-schulz>.
     """
     check_matrices("gram_newton_schulz", x)
     check_iteration("gram_newton_schulz", dtype, eps)

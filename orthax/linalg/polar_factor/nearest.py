@@ -54,8 +54,8 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
        [ 0. -1.]
        [ 0.  0.]]
 
-    Reference:
-      Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration for the polar factor).
+    Reference: Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration for the polar
+      factor).
     """
     check_matrices("nearest_orthogonal", x)
     if x.size == 0:

@@ -80,9 +80,8 @@ def newton_schulz(
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=1e-5))
       True
 
-    Reference:
-      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Amsel et al., The
-      Polar Express, 2025, <https://arxiv.org/abs/2505.16932>.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Amsel et
+      al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>.
     """
     check_matrices("newton_schulz", x)
     check.choice("newton_schulz: prescale", prescale, _PRESCALES)

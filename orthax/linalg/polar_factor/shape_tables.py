@@ -91,9 +91,9 @@ def for_shape(
       >>> bool(np.all(abs(scalar_map(table, likely) - 1) < 0.01))
       True
 
-    Reference:
-      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for the idea of coefficients by
-      shape (AdaNewton); the spectrum, the constraints and the fit are not from there.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for the idea of
+      coefficients by shape (AdaNewton); the spectrum, the constraints and the fit are not from
+      there.
     """
     short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
     steps = check.integer("for_shape: steps", steps)

@@ -57,11 +57,7 @@ def scalar_map(coefficients: Sequence[Row], singular_values: ArrayLike) -> np.nd
 
 
 def minimax(
-    steps: int,
-    lower: float,
-    *,
-    cushion: float = 0.02407327424182761,
-    safety: float = 1.01,
+    steps: int, lower: float, *, cushion: float = 0.02407327424182761, safety: float = 1.01
 ) -> Table:
     r"""Makes the step table whose worst error on singular values in [lower, 1] is least.
 
@@ -90,9 +86,8 @@ def minimax(
       >>> round(float(abs(scalar_map(table, s) - 1).max()), 3)
       0.113
 
-    Reference:
-      Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>, Algorithm 1 and
-      Appendix G.
+    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>, Algorithm
+      1 and Appendix G.
     """
     steps = check.integer("minimax: steps", steps)
     check.number("minimax: lower", lower, "(0, 1)", static=True)

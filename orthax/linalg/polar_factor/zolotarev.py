@@ -147,9 +147,8 @@ def zolotarev(
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
 
-    Reference:
-      Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via the matrix
-      sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
+    Reference: Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via
+      the matrix sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
     """
     check_matrices("zolotarev", x)
     degree = check.integer("zolotarev: degree", degree)

@@ -30,12 +30,7 @@ from orthax.transforms.low_rank.frames import (
     random_matrices,
 )
 from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
-from orthax.transforms.low_rank.quantized import (
-    BITS,
-    ROUNDINGS,
-    dequantize_leaves,
-    quantize_leaves,
-)
+from orthax.transforms.low_rank.quantized import BITS, ROUNDINGS, dequantize_leaves, quantize_leaves
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
 
@@ -132,10 +127,9 @@ def low_rank(
        [0. 0.]
        [2. 0.]]
 
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from Ahn et
-      al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et al.,
-      GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from
+      Ahn et al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et
+      al., GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
     """
     check.transformation("low_rank: inner", inner)
     check_rank(rank)

@@ -19,11 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.linalg.bases.cosine import cosine_transform, dct_columns
-from orthax.linalg.bases.hadamard import (
-    check_hadamard_size,
-    hadamard_columns,
-    hadamard_transform,
-)
+from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
 from orthax.linalg.elementary import largest_columns, unit_max
 
 SELECTIONS = ("dct", "dct3", "random", "hadamard", "columns")
