@@ -162,8 +162,7 @@ def orthogonal_convolution_exists(
 
     Raises:
       ValueError: For an unknown padding, groups that do not divide the channels, or sizes that are
-        less than 1 or do not fit the number of axes.
-      TypeError: For sizes that are no integers.
+        less than 1 or do not fit the number of axes; TypeError: for sizes that are no integers.
 
     Example:
       >>> orthogonal_convolution_exists((3, 3), 1, 16, 32)

@@ -62,8 +62,7 @@ def singular_values(w: jax.Array) -> jax.Array:
       Shape (..., min(m, n)), real; float32 for 16-bit input, else the precision of `w`.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])))
@@ -123,8 +122,7 @@ def effective_rank(w: jax.Array) -> jax.Array:
       Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
@@ -154,8 +152,7 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       columns, and for a zero matrix.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(neuron_norm_spread(jnp.array([[3.0, 1.0], [4.0, 0.0]])).round(4))
@@ -210,8 +207,7 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
       Memory: one vector of n entries per matrix (..., m, n), float32 or more precise.
 
     Raises:
-      ValueError: If `steps` is less than 1.
-      TypeError: If `steps` is no integer.
+      ValueError: If `steps` is less than 1; TypeError: if `steps` is no integer.
 
     Example:
       >>> import optax

@@ -213,8 +213,7 @@ def convolution_singular_values(
 
     Raises:
       ValueError: As `convolution_matrix`, and for circular padding with an input size that is no
-        multiple of the strides.
-      TypeError: As `convolution_matrix`.
+        multiple of the strides; TypeError: as `convolution_matrix`.
 
     Example:
       >>> kernel = jnp.array([1.0, 1.0]).reshape(2, 1, 1)  # sums of neighbours

@@ -34,8 +34,7 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
 
     Raises:
       ValueError: If `v` has fewer than two axes or more columns than rows, or `columns` is not
-        within 1 and n.
-      TypeError: If `v` is not real floating, or `columns` no integer.
+        within 1 and n; TypeError: if `v` is not real floating, or `columns` no integer.
 
     Example:
       >>> print(householder_product(jnp.array([[1.0], [1.0]])).round(6) + 0.0)
@@ -80,8 +79,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
       One after the other, so k steps.
 
     Raises:
-      ValueError: If `q` has fewer than two axes or is wide.
-      TypeError: If `q` is not real floating.
+      ValueError: If `q` has fewer than two axes or is wide; TypeError: if `q` is not real floating.
 
     Example:
       >>> rotation = jnp.array([[0.0, -1.0], [1.0, 0.0]])
@@ -135,8 +133,7 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: If either has fewer than two axes or more columns than rows, or their numbers of
-        columns or batch axes differ.
-      TypeError: If either is not real floating.
+        columns or batch axes differ; TypeError: if either is not real floating.
 
     Example:
       >>> u, v = jnp.zeros((3, 1)), jnp.array([[1.0], [1.0]])

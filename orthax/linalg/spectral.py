@@ -56,8 +56,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
 
     Raises:
       ValueError: If `x` has fewer than two axes, `vector` has not the shape (..., n), or `steps` is
-        less than 1.
-      TypeError: If `x` is not floating, or `steps` no integer.
+        less than 1; TypeError: if `x` is not floating, or `steps` no integer.
 
     Example:
       >>> x = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])

@@ -24,8 +24,7 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
       orthogonal. Fourth powers of entries overflow where these are near 1e9 (float32).
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(soft_orthogonality(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
@@ -52,8 +51,7 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
       Scalar, the sum over all matrices; at least 0, and 0 iff all are orthogonal.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(double_soft_orthogonality(jnp.array([[2.0, 0.0]])))
@@ -80,8 +78,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
       subgradient: shared equally by the entries that attain the maximum.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(mutual_coherence(jnp.array([[1.0, 0.5], [0.0, 1.0]])))

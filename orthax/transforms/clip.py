@@ -27,8 +27,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
       magnitudes. A matrix becomes zero if more than the part `quantile` of it is zero, and NaN if
       an entry is NaN; infinities are clipped like other entries (complex ones, which have no phase,
       become NaN).
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
       ValueError: If `quantile` is outside [0, 1]; at `update`, for a leaf of fewer than two axes.

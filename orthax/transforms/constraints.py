@@ -46,8 +46,7 @@ def keep_orthogonal(
       :math:`W^T W - I` stays below 1e-5 for float32 params and updates (2e-6 over 10,000 updates at
       768 x 768, benchmarks/penalties.py). It does not drift: each update starts from what the last
       one left. In 16 bits, params and updates are rounded to these, and the constraint with them.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
       ValueError: At `update`, without params or for a leaf of fewer than two axes.
@@ -78,8 +77,7 @@ def project_tangent() -> optax.GradientTransformation:
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. Where the params are
       orthogonal it is an orthogonal projection.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
       ValueError: At `update`, without params or for a leaf of fewer than two axes.
@@ -121,8 +119,7 @@ def keep_unit_neurons(
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. A neuron that an update
       would make zero keeps its direction.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
       ValueError: If `radius` is not positive and finite or `axis` is unknown; at `update`, without
@@ -164,8 +161,7 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. A matrix that an update
       would make zero keeps its direction; with None, a zero matrix stays zero.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
       ValueError: If `radius` is not positive and finite; at `update`, without params or for a leaf

@@ -44,8 +44,7 @@ def scale_by_cosh_rms(
       A stateless transformation. The norm is guarded by the largest entry and not, as in paper and
       repository, by adding 1e-7, so "paper" and "rms" do not depend on the scale of the matrix. A
       zero matrix stays zero; no finite input overflows; a NaN or infinity makes its matrix NaN.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
       ValueError: If `gamma` is negative or not finite, or `mode` is unknown; at `update`, for a

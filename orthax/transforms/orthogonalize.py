@@ -35,8 +35,7 @@ def orthogonalize(
     Returns:
       A stateless transformation; updates keep shape, dtype and sharding, on Auto and Explicit
       meshes. (On Auto axes the compiler gathers a decomposition such as `polar_svd`'s.)
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
       TypeError: At construction, for an option that `method` does not have; at `update`, for an

@@ -97,8 +97,7 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
 
     Raises:
       ValueError: If `rms` is negative or not finite; at `update`, for a leaf of fewer than two
-        axes.
-      TypeError: If `rms` is no number; at `update`, for an integer leaf.
+        axes; TypeError: if `rms` is no number; at `update`, for an integer leaf.
 
     Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is
       scaled so.

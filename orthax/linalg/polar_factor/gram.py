@@ -64,8 +64,7 @@ def gram_newton_schulz(
 
     Raises:
       ValueError: If `x` has fewer than two axes, a row of coefficients is not a triple, or
-        `restarts` are not increasing steps of the table, from 1.
-      TypeError: If `x` is not floating.
+        `restarts` are not increasing steps of the table, from 1; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp

@@ -44,8 +44,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
       on the values, so there is no gradient in reverse mode.
 
     Raises:
-      ValueError: If `x` has fewer than two axes.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.
 
     Example:
       >>> q = nearest_orthogonal(jnp.array([[3.0, 0.0], [0.0, -0.1], [0.0, 0.0]]))

@@ -77,8 +77,7 @@ def minimax(
       The table. The error is largest on `lower` and 1; `scalar_map` tells it.
 
     Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If one is of the wrong kind.
+      ValueError: If an argument is out of range; TypeError: if one is of the wrong kind.
 
     Example:
       >>> table = minimax(5, 1e-3, cushion=0.0, safety=1.0)

@@ -138,8 +138,7 @@ def zolotarev(
 
     Raises:
       ValueError: If `x` has fewer than two axes, `degree`, `passes` or `lower` is out of range, or
-        `lower` is less than rounding admits.
-      TypeError: If `x` is not floating.
+        `lower` is less than rounding admits; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp
