@@ -22,14 +22,10 @@ NUMBER = (int, float, np.number, np.ndarray, jax.Array)  # a tracer is a `jax.Ar
 def number(
     where: str, x: Any, interval: str, *, alternative: str = "", static: bool = False
 ) -> Any:
-    """The number that came, or an error unless it lies in an interval such as "[0, 1)".
+    """The number that came, or an error unless it is in an interval such as "[0, 1)"; NaN never is.
 
-    Args:
-      where: "call: argument".
-      x: What came.
-      interval: The accepted numbers; NaN is in none.
-      alternative: What else is accepted and was ruled out already, such as " or a schedule".
-      static: Whether the value must be known while tracing.
+    `alternative` is what else is accepted and was ruled out already, such as " or a schedule"; a
+    `static` number must be known while tracing.
     """
     if not is_number(x) or (static and isinstance(x, Tracer)):
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)

@@ -1,9 +1,8 @@
 """From a function of one matrix to a transformation of trees of matrices, in one place.
 
-`each_matrix` is what most of `orthax.transforms` is made of. It checks leaves, runs the function on
-meshes, gives results the dtypes and shardings of what came, and calls the function once per stack
-of equal shapes where that pays: a model has few shapes and many layers, and stacks make a compiled
-program as large as the number of shapes.
+`each_matrix` checks leaves, runs the function on meshes, gives results the dtypes and shardings of
+what came, and calls the function once per stack of equal shapes where that pays: a model has few
+shapes and many layers, and stacks make a compiled program as large as the number of shapes.
 """
 
 import functools
@@ -42,20 +41,12 @@ MAX_STACK = 256
 """Matrices in one stack, unless a single array holds more."""
 
 MAPPED_BACKENDS = ("cpu",)
-"""Backends on which a stack is mapped over, one matrix after the other, instead of batched.
-
-On CPU one matrix fills the cores and a mapped one stays in the cache (benchmarks/stacking.py).
-"""
+"""Backends where a stack is mapped over, one matrix after the other, instead of batched: on CPU one
+matrix fills the cores and stays in the cache (benchmarks/stacking.py)."""
 
 
 class EachMatrix(optax.GradientTransformation):
-    """A transformation that treats every matrix of a tree alone; made by `each_matrix`.
-
-    Attributes:
-      call: Name of the public function that made it.
-      step: The function of one matrix, its state and, if `needs_params`, its params.
-      needs_params: Whether `step` takes the params, last.
-    """
+    """A transformation that treats every matrix of a tree alone; made by `each_matrix`."""
 
     call: str
     step: Callable[..., Any]
@@ -78,13 +69,12 @@ def each_matrix(
 
     Args:
       call: Name of the public function, for error messages.
-      step: Function of matrices (..., m, n) to their update, of the same shape, that takes each
-        matrix by itself. With a state: of matrices and what the state holds for them, to a tuple of
-        their update and the new state. Results are cast to the dtypes of what came. Leaves without
-        entries are not passed.
+      step: Function of matrices (..., m, n) to their update, of the same shape and each by itself;
+        with a state, of matrices and what the state holds for them to (update, *new state). Results
+        are cast to the dtypes of what came. Leaves without entries are not passed.
       share: Entries up to which leaves of one shape share a stack: NONE, SMALL, or ALL. More than
         NONE asks that `step` commutes with transposition and keeps no state.
-      needs_params: Whether `step` takes the params as its last argument.
+      needs_params: Whether `step` takes the params, last.
       init: From zeros in the place of a leaf, or its `ShapeDtypeStruct`, to what the state holds
         for it. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
@@ -122,17 +112,9 @@ def map_matrices(
 ) -> list[Any]:
     """Maps `fun` over the leaves of trees of matrices; `None` and masked leaves stay.
 
-    Args:
-      call: Name of the public function, for error messages.
-      fun: Function of one leaf of each tree to one array, or to a tuple of `outputs` arrays. Result
-        i takes dtype and sharding from argument i.
-      tree: Tree of matrices.
-      *rest: Trees of its structure.
-      outputs: Number of results.
-      share: As in `each_matrix`.
-
-    Returns:
-      The trees of results.
+    `fun` takes one leaf of each of `tree` and `rest`, trees of one structure, to one array or to a
+    tuple of `outputs` arrays; result i takes dtype and sharding from argument i. Returns the trees
+    of results. The rest as in `each_matrix`.
     """
     leaves, places, structure = matrix_leaves(call, tree)
     rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))
@@ -200,10 +182,7 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
 def _through_stack(fun: Callable[..., jax.Array], rows: int, *arguments: Any) -> Row:
     """Calls `fun` once on the stack of some rows' matrices, and cuts the result.
 
-    Args:
-      fun: Function of stacks (k, m, n), one for each array of a row; commutes with transposition.
-      rows: How many there are.
-      *arguments: The arrays of the first row, of the second, ...
+    `arguments` are the arrays of the first row, of the second, ...
     """
     width = len(arguments) // rows
     xs = arguments[::width]
@@ -225,8 +204,8 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
     """Cuts a stack into consecutive parts.
 
     XLA compiles equal kernels once, but a slice's offset is part of its kernel: on CPU 192 slices
-    take 3.7 s to compile, and 0.1 s when the offsets are data. A conditional with two equal
-    branches is what keeps the compiler from seeing them as constants.
+    take 3.7 s to compile, 0.1 s if the offsets are data. A conditional with two equal branches
+    keeps the compiler from seeing them as constants.
     """
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     if jax.default_backend() != "cpu" or len(sizes) < 8:

@@ -41,7 +41,7 @@ def paths_of(tree: Any) -> tuple[list[Path], list[str]]:
 def _is_box(keys: tuple[Any, ...], at: int) -> bool:
     """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
 
-    Other attributes of this name belong to the model, such as the value projection of attention.
+    Other attributes of this name belong to the model, such as attention's value projection.
     """
     if getattr(keys[at], "name", None) != "value":
         return False
@@ -139,8 +139,8 @@ def keep_dtypes(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """Lets `inner` compute where numbers do not overflow, and keeps the dtypes that came.
 
     float16 leaves are shown in float32: a heavy-ball sum of float16 gradients near 1e3 overflows
-    within 40 updates, their squares at once. Updates come back in the dtype of the gradients, and
-    what the state holds in the dtype it had: an injected hyperparameter, an array, would widen it.
+    within 40 updates, their squares at once. Updates and state come back in the dtypes they had,
+    which an injected hyperparameter, an array, would widen.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -181,13 +181,7 @@ def _in_dtype_of(x: Any, old: Any) -> Any:
 
 
 class Place(NamedTuple):
-    """Where an array lies, in a tree and on a mesh.
-
-    Attributes:
-      path: Components joined by `/`.
-      sharding: On Explicit mesh axes; None elsewhere.
-      on_auto_axes: Whether it lies on Auto axes.
-    """
+    """Where an array lies: its path, its sharding on Explicit mesh axes, whether on Auto axes."""
 
     path: str
     sharding: NamedSharding | None
@@ -235,9 +229,7 @@ def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
 def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """`fun` run on Explicit axes as if they were Auto, with its results laid out as told.
 
-    Args:
-      fun: Function of arrays, or trees of them.
-      out_sharding: The results' shardings, in their structure; None if there are no Explicit axes.
+    `out_sharding` has the structure of the results; it is None if there are no Explicit axes.
     """
     if out_sharding is None:
         return fun

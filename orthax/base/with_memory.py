@@ -18,7 +18,7 @@ class WithMemory(NamedTuple):
       >>> import jax.numpy as jnp
       >>> from orthax.diagnostics import warm_spectral_norm
       >>> init, apply = warm_spectral_norm()
-      >>> w, memory = jnp.diag(jnp.array([2.0, 1.0])), None
+      >>> w = jnp.diag(jnp.array([2.0, 1.0]))
       >>> memory = init(w)
       >>> for _ in range(8):
       ...     norm, memory = apply(w, memory)

@@ -30,14 +30,14 @@ def of_updates(
         with `PathRules`.
 
     Returns:
-      A function from a tree of updates to a dict: the paths of what is measured to the measures,
-      those of a `Packed` leaf as a tuple. Of a `WithMemory`, a transformation that gives this dict.
-      `optax.tree.get(state, name)` reads it. `optax.monitor` has it from the first update on, so
-      its state changes structure there; for `jax.lax.scan` take `optax.snapshot`.
+      A function from updates to a dict of the measures by path, of a `Packed` leaf a tuple. Of a
+      `WithMemory`, a transformation that gives this dict. `optax.tree.get(state, name)` reads it.
+      `optax.monitor` has it from the first update on, so its state changes structure there; for
+      `jax.lax.scan` take `optax.snapshot`.
 
     Raises:
-      TypeError: If `measure` is no function.
-      ValueError: For a leaf whose names leave its axes undecided, or what `measure` raises.
+      TypeError: If `measure` is no function; ValueError: for a leaf whose names leave its axes
+        undecided, or what `measure` raises.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,8 +68,8 @@ def of_params(
       State: the memories, in a dict by path.
 
     Raises:
-      TypeError: If `measure` is no function.
-      ValueError: At `update`, without params; as in `of_updates`.
+      TypeError: If `measure` is no function; ValueError: at `update`, without params; as in
+        `of_updates`.
 
     Example:
       >>> import jax.numpy as jnp, optax

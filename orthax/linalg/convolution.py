@@ -150,8 +150,8 @@ def convolution_matrix(
 ) -> jax.Array:
     r"""The matrix of a convolution layer: `y.ravel() == matrix @ x.ravel()` for one image x.
 
-    It has an entry for every pair of an output and an input, so it is for small sizes. The matrix
-    of the transposed layer is its transpose.
+    With an entry for every pair of an output and an input, it is for small sizes. The matrix of the
+    transposed layer is its transpose.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -163,13 +163,12 @@ def convolution_matrix(
       groups: Feature groups.
 
     Returns:
-      Shape (outputs, inputs), dtype of the kernel; outputs and inputs in row-major order with
-      channels last.
+      Shape (outputs, inputs), both in row-major order with channels last; dtype of the kernel.
 
     Raises:
       ValueError: For a kernel of another rank, an unknown padding, groups that do not divide the
-        channels, sizes that do not fit the spatial axes.
-      TypeError: For a kernel that is not floating, or sizes that are no integers.
+        channels, sizes that do not fit the spatial axes; TypeError: for a kernel that is not
+        floating, or sizes that are no integers.
 
     Example:
       >>> print(convolution_matrix(jnp.array([1.0, 2.0]).reshape(2, 1, 1), 3))
@@ -269,9 +268,8 @@ def _matrix(
     count = math.prod(size) * inputs
     images = jnp.eye(count, dtype=kernel.dtype).reshape(count, *size, inputs)
     pads = pads_of(call, padding, geometry, size)
-    if (
-        pads is None
-    ):  # as Flax pads with "CIRCULAR": the window is centred, the odd entry at the end
+    if pads is None:
+        # As Flax pads with "CIRCULAR": the window is centred, the odd entry at the end.
         before_after = [((e - 1) // 2, e // 2) for e in geometry.extent]
         images = jnp.pad(images, [(0, 0), *before_after, (0, 0)], mode="wrap")
         pads = [(0, 0)] * len(size)

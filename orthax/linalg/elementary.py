@@ -37,8 +37,8 @@ def abs_square(x: jax.Array) -> jax.Array:
 def frobenius_norm(x: jax.Array) -> jax.Array:
     r"""Frobenius norm of each matrix, :math:`\|x\|_F = \sqrt{\sum_{ij} |x_{ij}|^2}`.
 
-    The sum runs over entries divided by the largest one, so the result is right for every scale
-    that the accumulating dtype holds: 1e-30 and 1e30 in float32 are fine.
+    Entries are divided by the largest one first, so the result is right for every scale that the
+    accumulating dtype holds: 1e-30 and 1e30 in float32 are fine.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating.
@@ -79,13 +79,8 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """Divides each matrix by its largest absolute entry, of complex ones by the largest part.
 
-    Args:
-      x: Matrices, shape (..., m, n), real or complex floating.
-      eps: A largest entry of at most this, or below the smallest normal number, counts as zero.
-
-    Returns:
-      The scaled matrices (zero where they count as zero) and the largest entries, shape (..., 1,
-      1); in float32 for 16-bit input, else the precision of `x`.
+    A largest entry of at most eps, or below the smallest normal number, counts as zero, and the
+    matrix becomes zero. Returns that and the largest entries, (..., 1, 1), in at least float32.
     """
     x = wide(x)
     scale = _largest(x, eps)
@@ -95,8 +90,8 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
 def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`unit_max` with a scale that is constant for differentiation.
 
-    What is computed from the quotient and multiplied by the scale again has the right gradient, and
-    the squares of the scale in that of `unit_max` do not overflow.
+    What is computed from the quotient and multiplied by the scale again has the right gradient, but
+    no squares of the scale, which could overflow.
     """
     x = wide(x)
     scale = lax.stop_gradient(_largest(x, 0.0))
@@ -185,14 +180,6 @@ def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike =
     All such products of `linalg` go through here: the place for a kernel that computes one half.
     XLA has none. On CPU, cutting the product into blocks and leaving one out costs more in copies
     than it saves, at all sizes up to 2048 (0.8 to 0.95 of the plain product's speed).
-
-    Args:
-      a: Shape (..., m, k).
-      b: Shape (..., k, m).
-      precision: Passed to `jnp.matmul`.
-
-    Returns:
-      Shape (..., m, m).
     """
     return jnp.matmul(a, b, precision=precision)
 
@@ -210,15 +197,9 @@ def less_identity(r: jax.Array) -> jax.Array:
 def gram_deviation(x: jax.Array) -> jax.Array:
     """The Gram matrix of the shorter side less the identity; zero iff `x` is orthogonal.
 
-    Of the columns where `x` is tall or square, of the rows where it is wide: the other Gram matrix
-    has not the rank to be an identity. Products are exact to the dtype on every backend.
-
-    Args:
-      x: Matrices, shape (..., m, n), real or complex floating.
-
-    Returns:
-      Hermitian, shape (..., k, k) with k = min(m, n); float32 for 16-bit input, else the dtype of
-      `x`. Its derivative, in either mode, takes one product of the size of the Gram matrix's.
+    Of the columns where `x` is tall or square, of the rows where it is wide: the other one has not
+    the rank to be an identity. Hermitian, shape (..., k, k), in at least float32 and exact to the
+    dtype on every backend. Its derivative, in either mode, takes one product of that size.
     """
     return gram_less_identity(short_side_first(x))
 

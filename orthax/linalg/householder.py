@@ -28,9 +28,8 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
     Returns:
       Shape (..., n, columns), dtype of `v`; 16-bit input is computed in float32. Columns are
       orthonormal for any `v`: in float32, entries of :math:`Q^T Q - I` are below 1e-6 for random
-      directions up to n = r = 1024, and below 3e-5 for hundreds of nearly parallel ones. The
-      determinant of the whole product is :math:`(-1)^r`; a zero column does not count.
-      Differentiable; at a zero column the gradient is zero.
+      directions up to n = r = 1024, and 3e-5 for hundreds of nearly parallel ones. The whole
+      product's determinant is :math:`(-1)^r`, zero columns not counted. The gradient at those is 0.
 
     Raises:
       ValueError: If `v` has fewer than two axes or more columns than rows, or `columns` is not
@@ -66,9 +65,8 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
 def householder_vectors(q: jax.Array) -> jax.Array:
     r"""Directions of reflections whose product begins with the given orthonormal columns.
 
-    Undoes `householder_product`: for q with orthonormal columns, `householder_product(v, k)` with
-    the v returned is q. Every orthogonal matrix has such a product, those of determinant 1 too,
-    since a direction may come out zero.
+    Undoes `householder_product`: `householder_product(v, k)` with the v returned is q. Every
+    orthogonal matrix has such a product, also of determinant 1, as a direction may come out zero.
 
     Args:
       q: Orthonormal columns, shape (..., n, k) with k <= n, real floating.
@@ -174,8 +172,8 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
       u of shape (..., m, k) and v of shape (..., n, k), dtype of `w`.
 
     Raises:
-      ValueError: If `w` has fewer than two axes or `rank` is out of range.
-      TypeError: If `w` is not real floating, or `rank` no integer.
+      ValueError: If `w` has fewer than two axes or `rank` is out of range; TypeError: if `w` is not
+        real floating, or `rank` no integer.
 
     Example:
       >>> u, v = householder_factors(jnp.array([[0.0, 5.0], [0.1, 0.0]]), rank=1)

@@ -23,8 +23,7 @@ class SpectralNorm(NamedTuple):
 
     Attributes:
       norm: Estimate of the largest singular value, never above it; shape (...,), real.
-      vector: Unit vector to start the next call from, the right singular vector in the limit;
-        shape (..., n).
+      vector: Unit vector (..., n) to start the next call from, the right singular one in the limit.
       error: A singular value lies within this distance of `norm`; shape (...,), real.
     """
 
@@ -36,9 +35,8 @@ class SpectralNorm(NamedTuple):
 def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1) -> SpectralNorm:
     r"""Estimates the largest singular value of each matrix by power iteration.
 
-    Each step multiplies by `x` and by its adjoint. The estimate grows from step to step towards the
-    largest singular value. Its gradient takes the singular vectors for constant, which is exact in
-    the limit.
+    Each step multiplies by `x` and by its adjoint, and the estimate grows. Its gradient takes the
+    singular vectors for constant, which is exact in the limit.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.

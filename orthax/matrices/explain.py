@@ -19,10 +19,8 @@ class ExplainedLeaf:
       shape: Shape of the leaf.
       view: Shape of the matrices, sections joined by `+`; empty for the fallback.
       batch: Number of matrices.
-      fan_in: Rows of each matrix.
-      fan_out: Columns of each matrix; the sections' columns for a packed leaf.
-      destination: `matrices`, `fallback` or `undecided`.
-      reason: The rule that decided.
+      fan_in: Rows of each matrix; `fan_out`: columns, of each section of a packed leaf.
+      destination: `matrices`, `fallback` or `undecided`; `reason`: the rule that decided.
     """
 
     path: str

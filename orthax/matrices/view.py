@@ -1,7 +1,6 @@
 """Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
 
-Only shapes live here. Which leaf gets which dimension numbers, and what sees the matrices, is in
-`partition.py`.
+Only shapes live here; which leaf has which dimension numbers is decided in `partition.py`.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
 class Packed:
     """Dimension numbers of a leaf that holds several matrices side by side (fused QKV, gate + up).
 
-    Each section is a matrix of its own: it is orthogonalised, normalised and scaled alone, exactly
-    as if the sections were separate leaves.
+    Each section is orthogonalised, normalised and scaled alone, as if it were a leaf of its own.
 
     Attributes:
       dims: Dimension numbers of the whole leaf; every section is read with them.
@@ -118,13 +116,7 @@ class MatrixView:
 
 @dataclasses.dataclass(frozen=True)
 class PackedView:
-    """The views of the sections of one leaf; opens to a tuple of matrices.
-
-    Attributes:
-      shape: Shape of the leaf.
-      axis: Axis along which the sections lie.
-      sections: One view per section.
-    """
+    """The views of the sections of one leaf, along an axis of it; opens to a tuple of matrices."""
 
     shape: tuple[int, ...]
     axis: int

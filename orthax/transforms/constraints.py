@@ -27,25 +27,23 @@ def keep_orthogonal(
     r"""Keeps every matrix orthogonal: the update ends at the orthogonal matrix nearest to its aim.
 
     Columns stay orthonormal where a matrix is tall or square, rows where it is wide. With polar the
-    retraction, the update is :math:`\mathrm{polar}(W + u) - W`. Put it last in the chain, after the
-    learning rate:
+    retraction, the update is :math:`\mathrm{polar}(W + u) - W`. It goes last in the chain:
 
         optax.chain(project_tangent(), optax.sgd(0.1, momentum=0.9), keep_orthogonal())
 
-    Parameters that are not orthogonal at first are so after the first update, unless `params +
-    updates` has not full rank.
+    Params that are not orthogonal are so after the first update, unless `params + updates` has not
+    full rank.
 
     Args:
-      method: The retraction: function of matrices (..., m, n) to orthogonal ones, commuting with
-        transposition. The default takes Newton-Schulz steps until it is exact: one or two for
-        updates of spectral norm up to 0.02, six for 0.1, fewer for tangent ones;
-        `orthax.linalg.polar_svd` decomposes.
+      method: The retraction, of matrices (..., m, n), commuting with transposition. The default
+        takes Newton-Schulz steps until it is exact: one or two for updates of spectral norm up to
+        0.02, six for 0.1, fewer for tangent ones; `orthax.linalg.polar_svd` decomposes.
 
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. The spectral norm of
       :math:`W^T W - I` stays below 1e-5 for float32 params and updates (2e-6 over 10,000 updates at
-      768 x 768, benchmarks/penalties.py). It does not drift: each update starts from what the last
-      one left. In 16 bits, params and updates are rounded to these, and the constraint with them.
+      768 x 768, benchmarks/penalties.py), without drift: each update starts where the last ended.
+      In 16 bits, params and updates are rounded to these, and the constraint with them.
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:

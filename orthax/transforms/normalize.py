@@ -37,18 +37,16 @@ def normalize_neurons(
     :math:`\hat O_{ij} = O_{ij} / (\sqrt{v_j} + \epsilon)` and the update is
     :math:`\hat O \, \|O\|_F / \|\hat O\|_F`. There is no bias correction: a common factor cancels.
 
-    After an exact orthogonalisation of a matrix with no more columns than rows (fan_out <= fan_in)
-    all columns already have norm 1 and `axis="output"` changes nothing but what the approximation
-    left uneven. It acts on matrices with more neurons than inputs. `axis="long"` acts on either
-    kind.
+    After an exact orthogonalisation of a matrix with fan_out <= fan_in all columns already have
+    norm 1 and `axis="output"` changes nothing but what the approximation left uneven: it acts on
+    matrices with more neurons than inputs, and `axis="long"` on either kind.
 
     Args:
       decay: Decay of the second moment, in [0, 1).
-      eps: Added to the RMS; an absolute number, as in the paper. Updates whose RMS is near it or
-        below are evened less.
-      axis: Which vectors count as neurons: "output" the columns, as in the paper and the Dion
-        repository; "long" the vectors that are counted along the longer side, as in modded-nanogpt
-        and NVIDIA's code. They agree for fan_out >= fan_in.
+      eps: Added to the RMS; an absolute number, as in the paper: updates near it are evened less.
+      axis: Which vectors are neurons: "output" the columns, as in the paper and Dion's repository;
+        "long" those counted along the longer side, as in modded-nanogpt and NVIDIA's code. They
+        agree for fan_out >= fan_in.
 
     Returns:
       A transformation; a zero matrix gives exactly zero and the result is finite for finite input.

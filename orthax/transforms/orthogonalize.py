@@ -22,14 +22,14 @@ def orthogonalize(
     the singular vectors stay.
 
     Args:
-      method: Function of matrices (..., m, n) to matrices of the same shape and dtype. With `stack`
-        it must commute with transposition, as every polar factor does. The default chooses by
-        shape, dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the polar factor,
-        and slower.
-      stack: Whether matrices of one dtype and shape, up to transposition, are stacked so that
-        `method` is called once per shape. Makes programs smaller and faster to compile. Leaves on
-        Auto mesh axes are not stacked, since only the compiler knows how each is sharded; leaves on
-        Explicit axes share a stack with those of the same sharding.
+      method: Function of matrices (..., m, n) to such of the same shape and dtype; with `stack` it
+        must commute with transposition, as every polar factor does. The default chooses by shape,
+        dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the polar factor, and
+        slower.
+      stack: Whether matrices of one dtype and shape, up to transposition, are stacked, `method`
+        called once per shape: smaller programs, faster to compile. Leaves on Auto mesh axes are not
+        stacked, since only the compiler knows how each is sharded; those on Explicit axes are with
+        those of the same sharding.
       **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
 
     Returns:
@@ -38,9 +38,8 @@ def orthogonalize(
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
-      TypeError: At construction, for an option that `method` does not have; at `update`, for an
-        integer leaf.
-      ValueError: At `update`, for a leaf of fewer than two axes, or what `method` raises.
+      TypeError: At construction, for an option that `method` lacks; at `update`, for an integer
+        leaf; ValueError: at `update`, for a leaf of fewer than two axes, or what `method` raises.
 
     Example:
       >>> import jax.numpy as jnp

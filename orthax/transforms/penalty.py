@@ -25,11 +25,9 @@ _CALL = "add_penalty"
 
 
 class AddPenaltyState(NamedTuple):
-    """State of `add_penalty`.
+    """State of `add_penalty`: a count for schedules, and the memories of penalties, by leaf.
 
-    Attributes:
-      count: Updates so far, for a schedule.
-      memory: For each leaf with a penalty `WithMemory`, its memory; `optax.MaskedNode` elsewhere.
+    Where a penalty is no `WithMemory` there is an `optax.MaskedNode`.
     """
 
     count: jax.Array
@@ -43,16 +41,15 @@ def add_penalty(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds strength times the gradient of a penalty, at the params, to the updates.
 
-    Its place in the chain decides how the penalty acts, as with weight decay. Before the
-    preconditioner it is coupled: moments see it as a part of the gradient. Between the
-    preconditioner and the learning rate it is decoupled: a step of gradient descent on the penalty
-    beside the optimizer's.
+    Before the preconditioner it is coupled, as weight decay would be: moments see it as a part of
+    the gradient. Between the preconditioner and the learning rate it is decoupled: a step of
+    gradient descent on the penalty beside the optimizer's.
 
     Args:
       penalty: Function of one array to a real scalar, such as those of `orthax.penalties` and
-        `orthax.conv_penalties`; a `WithMemory`; or `PathRules` from paths to such, and to None
-        where there is no penalty. A path that no rule matches has none, unless `default` says
-        otherwise. In `optax.inject_hyperparams`, list it in `static_args`.
+        `orthax.conv_penalties`; a `WithMemory`; or `PathRules` from paths to such, and to None (so
+        are paths that no rule matches, without a `default`). In `optax.inject_hyperparams`, list it
+        in `static_args`.
       strength: Factor, at least 0, or a schedule of it.
       mask: As in `optax.masked`: a tree of booleans (or prefix), or a callable from params to one;
         False where there is no penalty. None: every leaf has one.
@@ -61,17 +58,15 @@ def add_penalty(
       A transformation whose updates keep shape, dtype and sharding; the gradient is computed in at
       least float32. Of complex params it is the direction of steepest ascent, the conjugate of
       `jax.grad`'s.
-      State: `AddPenaltyState`; what penalties with a memory keep, whole on every device of a mesh
-        (on Auto axes the compiler may lay it out otherwise), and a count.
-      Sees: any leaf that its penalty takes; needs params. Wrapped in `orthax.as_matrices`, kernels
-      of any rank are matrices for the penalty; sections of a packed leaf have paths that end in
-      their number.
+      State: `AddPenaltyState`; memories whole on every device of a mesh (on Auto axes the compiler
+        may lay them out otherwise).
+      Sees: any leaf that its penalty takes; needs params. In `orthax.as_matrices`, kernels of any
+        rank are matrices; sections of a packed leaf have paths that end in their number.
 
     Raises:
       ValueError: If `strength` is negative or not finite; at `init` or `update`, what the penalty
-        raises, with the leaf's path; at `update`, without params.
-      TypeError: If `penalty` or a value of the rules is no penalty, or `strength` no number; at
-        `update`, if a penalty gives no real scalar.
+        raises, with the leaf's path; at `update`, without params. TypeError: if `penalty` or a
+        value of the rules is none, `strength` no number, or a penalty's value no real scalar.
 
     Example:
       >>> from orthax.penalties import soft_orthogonality

@@ -25,8 +25,7 @@ def scale_by_width() -> optax.GradientTransformation:
     An orthogonal direction then has entries of RMS :math:`1 / \sqrt{\text{fan\_in}}`.
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
 
     Reference: Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
     """
@@ -42,8 +41,7 @@ def scale_by_unit_rms() -> optax.GradientTransformation:
     outputs by at most unit RMS, so that learning rates carry over between widths.
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
 
     Reference: Bernstein and Newhouse, Old Optimizer, New Norm, 2024,
       <https://arxiv.org/abs/2409.20325>.
@@ -67,8 +65,7 @@ def scale_by_adam_rms(
       direction: What the update is: "orthogonal" (all singular values 1) or "unit_norm".
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
 
     Raises:
       ValueError: If `rms` is negative or not finite, or `direction` is unknown.
@@ -92,15 +89,13 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
       rms: Root mean square of the result's entries.
 
     Returns:
-      A stateless transformation; a zero matrix stays zero.
-      Sees: trees whose leaves' last two axes are a matrix; needs no params.
+      A stateless transformation; a zero matrix stays zero. Sees: leaves (..., m, n), no params.
 
     Raises:
       ValueError: If `rms` is negative or not finite; at `update`, for a leaf of fewer than two
         axes; TypeError: if `rms` is no number; at `update`, for an integer leaf.
 
-    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is
-      scaled so.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491> (its learning rate).
     """
     check.number("scale_to_rms: rms", rms, "[0, inf)")
 

@@ -14,9 +14,8 @@ from orthax.linalg.elementary import wide
 Method = Literal["auto", "matrix", "fft"]
 
 FFT_FROM = {"cpu": 256}
-"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py); about
-the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered,
-"auto" multiplies."""
+"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py), about
+the same in all dtypes. Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
 
 LONGEST = 2**15
 """For a matrix: integers up to 2 n**2 stay below 2**32."""
@@ -32,15 +31,15 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     Args:
       x: Shape (..., m, n), real or complex floating; the last axis is transformed.
       method: "matrix" multiplies by `dct_matrix(n)`, which shards without collectives over all axes
-        but the last; "fft" uses one FFT of length n (Makhoul, 1980), n log n operations a row;
-        "auto" takes the faster one by length and backend, and products on meshes.
+        but the last; "fft" takes n log n operations a row; "auto" the faster one by length and
+        backend, and products on meshes.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `method` is unknown.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes or `method` is unknown; TypeError: if `x` is not
+        floating.
 
     Example:
       >>> print(dct(jnp.ones((1, 4))).round(3))
@@ -76,8 +75,8 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
 def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix of the orthonormal DCT-II, by which `dct` multiplies.
 
-    It is orthogonal, so its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of
-    k half periods. Entries are exact to the rounding of `dtype`.
+    Its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of k half periods.
+    Entries are exact to the rounding of `dtype`.
 
     Args:
       n: Length of a row, at most 32768.
@@ -103,17 +102,7 @@ def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
 def dct_columns(
     n: int, indices: jax.Array, dtype: DTypeLike, *, transposed: bool = False
 ) -> jax.Array:
-    """Columns of the DCT-II matrix, or of its transpose, the DCT-III matrix.
-
-    Args:
-      n: Length of a column.
-      indices: Which, integers of shape (..., r).
-      dtype: Real floating.
-      transposed: Whether columns of the transpose are wanted.
-
-    Returns:
-      Shape (..., n, r).
-    """
+    """Columns of the DCT-II matrix, or its transpose, (..., n, r) for indices (..., r)."""
     if n > LONGEST:
         raise ValueError(f"dct: a matrix has at most {LONGEST} rows, got {n}.")
     place = jnp.reshape(jnp.arange(n, dtype=jnp.uint32), (*(1,) * (indices.ndim - 1), n, 1))

@@ -29,12 +29,7 @@ from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_sub
 class Frame:
     """A leaf of matrices (..., m, n) and the subspace of its shorter side, rows if they are equal.
 
-    Attributes:
-      path: Of the leaf, for error messages.
-      shape: Of the leaf.
-      rank: Dimensions of the subspace.
-      subspace: What it consists of.
-      sharding: Of the leaf, on Explicit mesh axes; None elsewhere.
+    `path` is for error messages; `sharding` that of the leaf on Explicit mesh axes, else None.
     """
 
     path: str
@@ -85,14 +80,10 @@ class Frame:
     def move(
         self, start: jax.Array, old: Any, new: Any, x: jax.Array, *, signed: bool | None
     ) -> jax.Array:
-        """What belongs to the coordinates of one subspace, for another; as it is at the start.
+        """What belongs to the coordinates of one subspace, x, for another; as it is at the start.
 
-        Args:
-          start: Whether there was no subspace yet.
-          old: The subspace until now.
-          new: The subspace from now on.
-          x: Shape of the coordinates, or 1 along axes other than `axis`.
-          signed: Whether x has signs, as a first moment; None if its entries must tell.
+        x has the shape of the coordinates, or 1 along axes other than `axis`. `signed` tells
+        whether it has signs, as a first moment; None if its entries must tell.
         """
 
         def move(x: jax.Array, start: jax.Array, old: Any, new: Any) -> jax.Array:
@@ -154,14 +145,7 @@ def projected_axis(shape: tuple[int, ...]) -> int:
 
 
 def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
-    """A frame for each leaf of a tree of matrices.
-
-    Args:
-      tree: Arrays, or their shapes.
-      rank: As in `low_rank`.
-      kind: Which subspaces.
-      bases: The dense bases that a state keeps, if any.
-    """
+    """A frame for each leaf of a tree of matrices or their shapes; `bases` as a state keeps them."""
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
     leaves, places, _ = matrix_leaves("low_rank", tree)
     frames = []

@@ -41,10 +41,8 @@ class LowRankState(NamedTuple):
       count: Number of updates, int32.
       subspaces: For each leaf the indices of its columns in the basis, int32 (..., r), increasing;
         for the bases "svd" and "subspace" the columns, (..., n, r).
-      bases: The dense basis "random", n x n, once for each n, in the place of the first leaf with
-        it; None for all other bases.
-      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees;
-        None for `retain=None`.
+      bases: The basis "random", n x n, once for each n, in the place of the first leaf with it.
+      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees.
       inner: State of the inner transformation, for leaves of rank r.
     """
 
@@ -70,28 +68,25 @@ def low_rank(
     r"""Runs a transformation on the coordinates of each matrix in r columns of a basis.
 
     The shorter side of a matrix is projected, of a square one the rows (fan-in): `inner` sees
-    updates and params of shape (..., m, r) or (..., r, n). What its state holds for each coordinate
-    follows when the columns change: in a fixed basis, the entries of kept indices move with them
-    and those of new ones start at zero; in "svd" and "subspace", first moments are rotated,
-    and second moments by the squares, so that none turns negative (a moment of unknown name counts
-    as second if it has no negative entry).
+    updates and params of shape (..., m, r) or (..., r, n). Its state follows when the columns
+    change: in a fixed basis, the entries of kept indices move along and those of new ones start at
+    zero; in "svd" and "subspace", first moments are rotated, and second moments by the squares, so
+    that none turns negative (a moment of unknown name with no negative entry counts as second).
 
     Args:
       inner: Transformation whose state follows the shape of the updates, or is one scalar for all:
         `optax.trace`, `scale_by_adam`, `scale_by_lion`, `orthogonalize`, a `chain`, ...
       rank: Dimensions r: an integer, a fraction of the shorter side in (0, 1], or a function of
         (m, n) to an integer. A matrix whose shorter side is at most r is not projected.
-      basis: "dct" and "dct3", the cosines of DCT-II and DCT-III, are computed where they are needed
-        and never stored; "hadamard" likewise, for sizes that have a Hadamard matrix; "random", one
-        random orthogonal matrix for each size, from `seed`; "columns", the identity: plain
-        selection; "svd", the leading singular vectors; "subspace", one step of subspace iteration
-        towards them.
-      ranking: Norm by which the r columns of largest coordinates are chosen, "l1" or "l2"; see
+      basis: "dct" and "dct3", the cosines of DCT-II and DCT-III, computed where they are needed and
+        never stored; "hadamard" likewise, for sizes that have a Hadamard matrix; "random", one
+        orthogonal matrix for each size, from `seed`; "columns", the identity: plain selection;
+        "svd", the leading singular vectors; "subspace", one step of subspace iteration to them.
+      ranking: Norm by which the r columns of largest coordinates are chosen; see
         `orthax.linalg.top_columns`. "svd" and "subspace" have nothing to rank.
       retain: None: no buffer; what is outside the subspace is lost. A number in [0, 1): the buffer
-        keeps it, and this part of what is inside: 0 is error feedback, a momentum makes the buffer
-        a momentum. At 0, with `optax.identity()` as inner, the updates so far and the buffer add
-        up to the gradients so far.
+        keeps it, and this part of what is inside: 0 is error feedback, a momentum makes it one. At
+        0, with `optax.identity()` as inner, updates so far and buffer are the sum of gradients.
       update_every: Updates between choices of the subspace.
       buffer_dtype: Of the buffer: None (the params'; float32 for float16), a dtype, or "int8" or
         "int4" for so many bits an entry and two float32 numbers a row.
@@ -100,11 +95,10 @@ def low_rank(
 
     Returns:
       A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
-      axes the compiler may lay them out in its own way; `optax.apply_updates` and `out_shardings`
-      bring them back). With "l2" ranking and a fixed basis, the coordinates hold at least the part
-      r / n of the buffer's energy. 16-bit matrices are projected in float32.
-      State: `LowRankState`: inner's, r / min(m, n) of its size without projection; r indices; the
-      buffer.
+      axes the compiler lays them out; `optax.apply_updates` and `out_shardings` bring them back).
+      With "l2" ranking and a fixed basis, the coordinates hold at least the part r / n of the
+      buffer's energy. 16-bit matrices are projected in float32.
+      State: `LowRankState`: inner's, r / min(m, n) of its full size; r indices; the buffer.
       Sees: trees whose leaves' last two axes are the matrix; needs params if `inner` does.
 
     Raises:
@@ -116,16 +110,14 @@ def low_rank(
 
     Example:
       >>> tx = low_rank(optax.identity(), rank=1, basis="columns", retain=0.0)
-      >>> g = jnp.array([[1.0, 2.0], [0.0, 0.0], [2.0, 2.0]])
+      >>> g = jnp.array([[1.0, 2.0], [2.0, 2.0]])
       >>> updates, state = tx.update(g, tx.init(g))
       >>> print(updates)
-      [[0. 2.]
-       [0. 0.]
-       [0. 2.]]
+      [[0. 0.]
+       [2. 2.]]
       >>> print(state.residuals)
-      [[1. 0.]
-       [0. 0.]
-       [2. 0.]]
+      [[1. 2.]
+       [0. 0.]]
 
     Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from
       Ahn et al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et

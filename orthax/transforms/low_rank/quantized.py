@@ -22,15 +22,10 @@ def quantize_leaves(
     seed: int | None,
     count: jax.Array,
 ) -> Quantized:
-    """What a state holds of the arrays `xs`: a `Quantized` of trees.
+    """What a state holds of the arrays `xs`: a `Quantized` of trees of the given structure.
 
-    Args:
-      frames: Of the leaves.
-      xs: The arrays.
-      structure: Of the tree of leaves.
-      bits: 8 or 4.
-      seed: Of stochastic rounding; None rounds to the nearest.
-      count: Of the update, so that each rounds by other random numbers.
+    The seed is that of stochastic rounding, by other random numbers in each update (`count`); None
+    rounds to the nearest.
     """
     parts = [
         frame.quantize(x, bits, _key(seed, frame.path, count))
