@@ -22,26 +22,24 @@ _CALL = "orthax.nn.HouseholderLinear"
 class HouseholderLinear(nnx.Module):
     r"""Linear layer whose kernel is orthogonal throughout training, with any optimizer.
 
-    For layers that must not stretch or shrink what passes: deep or recurrent stacks, adapters that
-    keep distances. No penalty and no projection after the update is needed, because the kernel is
-    built from Householder reflections (`orthax.linalg.householder_product`) and the parameters are
-    their directions. Without `rank` it has orthonormal columns, or rows where there are more
-    outputs than inputs. With `rank` it is the low-rank orthogonal projector: k directions of the
-    input are carried isometrically onto k of the output, and the rest to zero.
+    For layers that must not stretch or shrink what passes: deep or recurrent stacks, adapters. The
+    kernel is built from Householder reflections (`orthax.linalg.householder_product`), whose
+    directions are the parameters: no penalty or projection is needed. Without `rank` it has
+    orthonormal columns, or rows where there are more outputs than inputs. With `rank` it is the
+    low-rank orthogonal projector: k directions of the input are carried isometrically onto k of the
+    output, and the rest to zero.
 
-    A square kernel of full rank cannot become every orthogonal matrix: its determinant is
-    :math:`(-1)^k` for good, so it is a rotation or, for odd k, one with a reflection. `from_kernel`
-    gives it the sign of the trained kernel's.
+    A square kernel of full rank keeps its determinant, :math:`(-1)^k`: it is a rotation or, for odd
+    k, one with a reflection. `from_kernel` gives it the sign of the trained kernel's.
 
-    Only the directions count, not their lengths: gradients are orthogonal to them, so they grow
-    under gradient descent and the effective learning rate falls, as with weight normalisation.
-    `orthax.muon` and the other matrix optimizers leave them to the fallback.
+    Only the directions count: gradients are orthogonal to them, so they grow under gradient descent
+    and the effective learning rate falls, as with weight normalisation. `orthax.muon` and the other
+    matrix optimizers leave them to the fallback.
 
     Attributes:
       input_reflectors: Directions on the side of the inputs, shape (in_features, k); None for a
         kernel of full rank with more outputs than inputs.
-      output_reflectors: The same on the side of the outputs, shape (out_features, k); None for a
-        kernel of full rank otherwise.
+      output_reflectors: Those of the outputs, (out_features, k); None for full rank otherwise.
       bias: Shape (out_features,), or None.
 
     Args:
@@ -49,8 +47,8 @@ class HouseholderLinear(nnx.Module):
       out_features: Number of outputs.
       rank: k, from 1 to min(in_features, out_features). None: all of it.
       use_bias: Whether to add a bias.
-      dtype: Of the computation; None: as `flax.nnx.Linear`, that of inputs and parameters. The
-        kernel is built in at least float32.
+      dtype: Of the computation; None: that of inputs and parameters. The kernel is built in at
+        least float32.
       param_dtype: Of the parameters.
       precision: Of the product with the inputs.
       reflector_init: Initializer of the directions. Normal numbers of any scale give the same
@@ -59,8 +57,7 @@ class HouseholderLinear(nnx.Module):
       rngs: Source of the parameters' key.
 
     Raises:
-      ValueError: If `rank` is out of range or a size less than 1.
-      TypeError: If a size or `rank` is no integer.
+      ValueError: If `rank` is out of range or a size less than 1; TypeError: if one is no integer.
 
     Example:
       >>> layer = HouseholderLinear(5, 3, rngs=nnx.Rngs(0))
@@ -143,8 +140,8 @@ class HouseholderLinear(nnx.Module):
           rank: Of the layer. The leading singular vectors stay; singular values become 1.
 
         Returns:
-          A layer with parameters in the dtypes of `kernel` and `bias`. Its outputs differ from
-          those of the trained layer by as much as its singular values did from 1.
+          A layer with parameters in the dtypes of `kernel` and `bias`. Its outputs differ from the
+          trained layer's by as much as the singular values did from 1.
 
         Raises:
           ValueError: If `kernel` has not two axes, `bias` does not fit or `rank` is out of range.

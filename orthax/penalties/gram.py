@@ -16,12 +16,11 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Where m < n, rows take the place of
-        columns: :math:`W W^T` has the rank to be an identity then, :math:`W^T W` has not.
+        columns: :math:`W W^T` has the rank to be an identity then.
 
     Returns:
-      Scalar, the sum over all matrices, so that each has the gradient it would have alone; float32
-      for 16-bit input, else the precision of `w`. At least 0, and 0 iff all matrices are
-      orthogonal. Fourth powers of entries overflow where these are near 1e9 (float32).
+      Scalar, the sum over all matrices; float32 for 16-bit input, else the precision of `w`. At
+      least 0, and 0 iff all are orthogonal. Fourth powers of entries overflow near 1e9 (float32).
 
     Raises:
       ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
@@ -40,9 +39,8 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
 def double_soft_orthogonality(w: jax.Array) -> jax.Array:
     r"""Squared distance of both Gram matrices from identities, without its floor.
 
-    :math:`\|W^T W - I_n\|_F^2 + \|W W^T - I_m\|_F^2 - |m - n|`. The larger Gram matrix lacks the
-    rank to be an identity by |m - n|; without that constant, both sides measure the same and the
-    penalty equals twice `soft_orthogonality`, which is how it is computed.
+    :math:`\|W^T W - I_n\|_F^2 + \|W W^T - I_m\|_F^2 - |m - n|`, the last being what the larger Gram
+    matrix lacks in rank. It equals twice `soft_orthogonality`, which is how it is computed.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating.
@@ -99,14 +97,12 @@ def lambda_orthogonality(
     r"""Keeps matrices near orthogonal ones, but free to adapt within a radius (λ-orthogonality).
 
     With :math:`x = \|W^T W - I\|_F`, not squared, the penalty is :math:`\sigma(\alpha (x -
-    \lambda)) \, x`: the whole distance where it exceeds the radius λ, and fading below. Of all
-    matrices it holds those back that are further than λ from orthogonal, and lets the others adapt.
+    \lambda)) \, x`: the whole distance where it exceeds the radius λ, and fading below.
 
-    Inside the radius the force is small but not zero. It is strongest near the radius, where it is
-    :math:`\alpha \lambda / 4 + 1/2`, and falls to 1 outside: times the strength of the penalty, it
-    must exceed the pull of the data there, or the matrix escapes. More than that only slows the
-    optimizer. The distance settles a little below the radius; for exactly orthogonal matrices,
-    radius 0, take `orthax.keep_orthogonal`.
+    The force is strongest near the radius, :math:`\alpha \lambda / 4 + 1/2`, and falls to 1
+    outside: times the strength of the penalty, it must exceed the pull of the data there, or the
+    matrix escapes. More than that only slows the optimizer. The distance settles a little below the
+    radius; for exactly orthogonal matrices, radius 0, take `orthax.keep_orthogonal`.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -120,9 +116,8 @@ def lambda_orthogonality(
       exactly orthogonal matrices is zero.
 
     Raises:
-      ValueError: If `w` has fewer than two axes, `radius` or `sharpness` is negative or NaN,
-        or `sharpness` infinite.
-      TypeError: If `w` is not floating, or `radius` or `sharpness` no number.
+      ValueError: If `w` has fewer than two axes, `radius` or `sharpness` is negative or NaN, or
+        `sharpness` infinite; TypeError: if `w` is not floating, or one of them no number.
 
     Example:
       >>> w = jnp.array([[2.0, 0.0], [0.0, 1.0]])  # 3 from orthogonal

@@ -16,14 +16,13 @@ def spectral_restricted_isometry(
 ) -> jax.Array:
     r"""Pulls the singular value that is furthest from 1 towards it (SRIP).
 
-    :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s. It is
-    estimated by power iteration on products with vectors; the Gram matrix is never formed.
+    :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s,
+    estimated by power iteration with products with vectors: no Gram matrix.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
-      steps: Steps of the power iteration, at least 1, from a fixed random vector. The paper takes
-        2 from a new random vector each time. In training, `warm_spectral_restricted_isometry` does
-        with 1.
+      steps: Steps of the power iteration, at least 1, from a fixed random vector (the paper: 2 from
+        a new one each time). `warm_spectral_restricted_isometry` does with 1.
       squared: Whether to square the norm, as the paper's code does.
 
     Returns:
@@ -56,9 +55,8 @@ def warm_spectral_restricted_isometry(*, steps: int = 1, squared: bool = False) 
       squared: Whether to square the norm.
 
     Returns:
-      A `WithMemory` for `orthax.add_penalty`, or for a loss by hand: `init(w)` gives the first
-      vector, `apply(w, vector)` the penalty and the next vector.
-      Memory: float32 or more precise, one vector of min(m, n) entries per matrix.
+      A `WithMemory` for `orthax.add_penalty` or by hand: `init(w)` gives the first vector, `apply(w,
+      vector)` the penalty and the next one, min(m, n) entries per matrix, at least float32.
 
     Raises:
       ValueError: If `steps` is less than 1; in `apply`, if `w` has fewer than two axes.

@@ -50,8 +50,8 @@ def newton_schulz(
         they start, the nearer they end. None costs a product: A is what the first step needs.
 
         - "frobenius": division by the Frobenius norm.
-        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, which is smaller, by up to the
-          fourth root of the number of singular values.
+        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, smaller by up to the fourth root
+          of the number of singular values.
         - "aol": each row of the shorter side times :math:`(\sum_j |A_{ij}|)^{-1/2}`. The smallest
           singular values start 5 to 50 times larger, but the result is the polar factor of the
           matrix with other row lengths: 0.006 away from the wanted one for Gaussian rows of equal
@@ -65,13 +65,12 @@ def newton_schulz(
     Returns:
       Same shape and dtype. A singular value that is r of the Frobenius norm becomes
       `coefficients.scalar_map(table, r)`: with `POLAR_EXPRESS` it lies in [0.859, 1.141] for r of
-      at least 1e-3 and near 989 r below (benchmarks/coefficients.py). A zero matrix gives exactly
-      zero, a NaN or infinity NaN. Differentiable, also at rank-deficient input; not at zero, where
-      the gradient is zero.
+      at least 1e-3 and near 989 r below (benchmarks/coefficients.py). A NaN or infinity gives NaN.
+      Differentiable, also at rank-deficient input; a zero matrix and its gradient are zero.
 
     Raises:
-      ValueError: If `x` has fewer than two axes, or a row of coefficients is not a triple.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes, or a row of coefficients is not a triple;
+        TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp

@@ -91,9 +91,8 @@ def for_shape(
       >>> bool(np.all(abs(scalar_map(table, likely) - 1) < 0.01))
       True
 
-    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for the idea of
-      coefficients by shape (AdaNewton); the spectrum, the constraints and the fit are not from
-      there.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for coefficients by shape
+      (AdaNewton); the spectrum, the constraints and the fit are not from there.
     """
     short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
     steps = check.integer("for_shape: steps", steps)
@@ -199,8 +198,8 @@ def _marchenko_pastur(short: int, long: int, points: int = 500) -> Weighted:
     """Nodes and weights of the Marchenko-Pastur law, for Gaussian matrices over their norm.
 
     With y the aspect ratio, squares are ((1 - sqrt(y))^2 + 4 sqrt(y) sin(t/2)^2) / short where t in
-    [0, pi] has density 2 sin(t)^2 / (pi short square). Midpoint rule in sqrt(t), which is fine
-    where the smallest singular values are. The singular value of a vector is 1.
+    [0, pi] has density 2 sin(t)^2 / (pi short square). The midpoint rule in sqrt(t) is fine where
+    the smallest singular values are. A vector's is 1.
     """
     root = np.sqrt(max(short / long, NARROWEST) if short > 1 else NARROWEST)
     u = (np.arange(points) + 0.5) / points

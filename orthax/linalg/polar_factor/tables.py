@@ -1,7 +1,7 @@
 r"""Step tables: what they are, what they do to a singular value, the best one for an interval.
 
-A row (a, b, c) stands for a step that maps every singular value s to a s + b s^3 + c s^5. The steps
-of a table together take the singular values of a matrix of unit Frobenius norm towards 1.
+A row (a, b, c) is a step that maps every singular value s to a s + b s^3 + c s^5. A table of such
+takes the singular values of a matrix of unit Frobenius norm towards 1.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,8 @@ def check_table(call: str, coefficients: Any) -> Table:
         table: Any = np.asarray(coefficients, dtype=np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
-    if (
-        table.ndim != 2
-        or table.shape[0] == 0
-        or table.shape[1] != 3
-        or not np.isfinite(table).all()
-    ):
+    is_table = table.ndim == 2 and table.shape[0] > 0 and table.shape[1] == 3
+    if not (is_table and np.isfinite(table).all()):
         raise ValueError(
             f"{call}: coefficients must be {accepted}, one row per step; got {coefficients!r}."
         )
@@ -68,10 +64,10 @@ def minimax(
       steps: Number of rows, at least 1.
       lower: Smallest singular value, relative to the Frobenius norm, that shall reach 1; in (0, 1).
       cushion: Each step is designed for no less than this fraction of its upper end and then
-        recentred, which keeps small singular values from losing ground in low precision. 0 is the
-        optimum in exact arithmetic.
+        recentred, so that small singular values lose no ground in low precision. 0 is optimal in
+        exact arithmetic.
       safety: Every row but the last is built for singular values this factor larger, so that
-        rounding cannot push one out of the basin. 1 is the optimum in exact arithmetic.
+        rounding pushes none out of the basin. 1 is optimal in exact arithmetic.
 
     Returns:
       The table. The error is largest on `lower` and 1; `scalar_map` tells it.
@@ -85,8 +81,8 @@ def minimax(
       >>> round(float(abs(scalar_map(table, s) - 1).max()), 3)
       0.113
 
-    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>, Algorithm
-      1 and Appendix G.
+    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>,
+      Algorithm 1 and Appendix G.
     """
     steps = check.integer("minimax: steps", steps)
     check.number("minimax: lower", lower, "(0, 1)", static=True)

@@ -30,9 +30,7 @@ class SignFunction(NamedTuple):
     r"""Zolotarev's function :math:`f(s) = M s (1 + \sum_j a_j / (s^2 + t_j))`.
 
     Attributes:
-      scale: M.
-      residues: The a_j.
-      shifts: The t_j, increasing.
+      scale: M; `residues`: the a_j; `shifts`: the t_j, increasing.
       error: Largest :math:`|f(s) - 1|` on [lower, 1]; attained on both sides of 1.
     """
 
@@ -120,8 +118,8 @@ def zolotarev(
         degree 1, so it adds one inverse and two products.
       lower: The smallest singular value that the last pass shall bring that near to 1; with one
         pass, relative to the Schatten-4 norm. A larger one makes the others more accurate. None:
-        1e-3, or the smallest that rounding admits for degree, shape and dtype where that is more
-        (in float32 and 768 rows, 1.0e-3 for degree 2 and 1.9e-3 for degree 3).
+        1e-3, or the least that rounding admits for degree, shape and dtype if that is more (in
+        float32 and 768 rows, 1.0e-3 for degree 2 and 1.9e-3 for degree 3).
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32. Finite for every finite input, a
@@ -132,9 +130,7 @@ def zolotarev(
       - degree 2, one pass: [0.80, 1.20] for r of at least 1.0e-3, near 800 r below;
       - degree 3, one pass: [0.95, 1.05] for r of at least 1.9e-3, near 500 r below;
       - degree 2, two passes: [0.80, 1.20] for r of at least 1.4e-6;
-      - degree 3, two passes: [0.95, 1.05] for r of at least 2.6e-6.
-
-      The last is as near as float32 comes to small singular values.
+      - degree 3, two passes: [0.95, 1.05] for r of at least 2.6e-6, as near as float32 comes.
 
     Raises:
       ValueError: If `x` has fewer than two axes, `degree`, `passes` or `lower` is out of range, or
@@ -239,9 +235,8 @@ WHOLE = 192
 def inverse(a: jax.Array) -> jax.Array:
     """Inverse of a Hermitian positive definite matrix, shape (m, m), mostly by matrix products.
 
-    Halves are inverted in turn and pass on the inverse of the Cholesky factor, not the inverse
-    itself: so the recursion stands any condition number that the dtype resolves. Products are exact
-    to the dtype on every backend.
+    Halves are inverted in turn and pass on the inverse of the Cholesky factor, not the inverse: so
+    the recursion stands any condition number that the dtype resolves, on every backend.
     """
     return _gram_of_upper(_inverse_factor(a))
 
@@ -254,8 +249,8 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def _inverse_factor(a: jax.Array) -> jax.Array:
     """Upper triangular u with u u^H = a^-1: the inverse of the Cholesky factor, transposed.
 
-    Upper, because then no product has its left factor transposed: XLA's fast kernels for CPU do not
-    take those.
+    Upper, because then no product has its left factor transposed, which XLA's fast kernels for CPU
+    do not take.
     """
     m = a.shape[-1]
     if m <= LEAF:

@@ -145,7 +145,7 @@ def projected_axis(shape: tuple[int, ...]) -> int:
 
 
 def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
-    """A frame for each leaf of a tree of matrices or their shapes; `bases` as a state keeps them."""
+    """A frame for each leaf of a tree of matrices, or their shapes; `bases` as a state has them."""
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
     leaves, places, _ = matrix_leaves("low_rank", tree)
     frames = []
