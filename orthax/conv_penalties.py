@@ -96,7 +96,10 @@ def convolution_orthogonality(
     call = "convolution_orthogonality"
     check.flag(f"{call}: transposed", transposed)
     if transposed and getattr(kernel, "ndim", 0) > 1:
-        kernel = _exchange_channels(call, kernel, groups)
+        if groups != 1:
+            raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
+        # The kernel of the convolution whose transpose is the layer, but for a reflection.
+        kernel = jnp.swapaxes(kernel, -1, -2)
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     if self_padding is not None:
         check.integer(f"{call}: self_padding", self_padding, "[0, inf)")
@@ -209,13 +212,6 @@ def orthogonal_convolution_exists(
     if geometry.outputs <= rank and geometry.outputs <= geometry.inputs * math.prod(by_rows):
         return True
     return geometry.outputs >= rank and tuple(by_columns) == geometry.strides
-
-
-def _exchange_channels(call: str, kernel: jax.Array, groups: int) -> jax.Array:
-    """Kernel of the convolution whose transpose is the layer, but for a reflection."""
-    if groups != 1:
-        raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
-    return jnp.swapaxes(kernel, -1, -2)
 
 
 def _offsets(

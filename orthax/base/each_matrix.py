@@ -191,7 +191,9 @@ def _through_stack(fun: Callable[..., jax.Array], rows: int, *arguments: Any) ->
         results = [fun(*wide)]
     else:
         matrices = [jnp.reshape(y, (-1, *y.shape[-2:])) for y in wide]
-        stack = _map_or_batch(fun, *(jnp.concatenate(matrices[i::width]) for i in range(width)))
+        stacks = [jnp.concatenate(matrices[i::width]) for i in range(width)]
+        mapped = jax.default_backend() in MAPPED_BACKENDS
+        stack = map_in_place(fun, *stacks) if mapped else fun(*stacks)
         parts = _split(stack, [len(y) for y in matrices[::width]])
         results = [jnp.reshape(y, x.shape) for y, x in zip(parts, wide[::width], strict=True)]
     return tuple(
@@ -220,12 +222,6 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
         jax.lax.dynamic_slice(stack, (begin, zero, zero), (n, *stack.shape[1:]))
         for begin, n in zip(begins, sizes, strict=True)
     ]
-
-
-def _map_or_batch(fun: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
-    if jax.default_backend() in MAPPED_BACKENDS:
-        return map_in_place(fun, *stacks)
-    return fun(*stacks)
 
 
 def map_in_place(fun: Callable[..., jax.Array], stack: jax.Array, *rest: jax.Array) -> jax.Array:

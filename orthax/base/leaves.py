@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
 Path = tuple[str | int, ...]
 """Components of a leaf's path; integers are positions in lists and tuples."""
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: KeyPath) -> Path:
     """The components of a JAX key path, without the `.value` of boxes and NNX variables."""
     return tuple(_component(key) for at, key in enumerate(keys) if not _is_box(keys, at))
 
@@ -27,18 +28,18 @@ def joined(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def path_text(keys: tuple[Any, ...]) -> str:
+def path_text(keys: KeyPath) -> str:
     """A JAX key path as rules and error messages show it."""
     return joined(path_of(keys))
 
 
-def paths_of(tree: Any) -> tuple[list[Path], list[str]]:
+def paths_of(tree: optax.Params) -> tuple[list[Path], list[str]]:
     """The paths of all leaves, in the order of `jax.tree.leaves`, and the same as text."""
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return paths, [joined(path) for path in paths]
 
 
-def _is_box(keys: tuple[Any, ...], at: int) -> bool:
+def _is_box(keys: KeyPath, at: int) -> bool:
     """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
 
     Other attributes of this name belong to the model, such as attention's value projection.
@@ -48,7 +49,7 @@ def _is_box(keys: tuple[Any, ...], at: int) -> bool:
     return at == len(keys) - 1 or (at > 0 and not hasattr(keys[at - 1], "name"))
 
 
-def _component(key: Any) -> str | int:
+def _component(key: object) -> str | int:
     # Keys of dicts, of attributes and of sequences keep their value under different names.
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
@@ -60,22 +61,19 @@ def _component(key: Any) -> str | int:
 # --- checks
 
 
-def check_matrix_leaves(call: str, tree: Any) -> None:
+def check_matrix_leaves(call: str, tree: optax.Params) -> None:
     """Raises, naming the leaf, unless all leaves are floating matrices, shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if np.ndim(leaf) < 2:
-            raise ValueError(
-                f"{call}: '{path_text(keys)}' has shape {np.shape(leaf)}; its last two axes must "
-                "be a matrix. Wrap the transformation in orthax.as_matrices to choose axes."
-            )
+            shape = f"shape {np.shape(leaf)}; its last two axes must be a matrix"
+            advice = "Wrap the transformation in orthax.as_matrices to choose axes."
+            raise ValueError(f"{call}: '{path_text(keys)}' has {shape}. {advice}")
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise TypeError(
-                f"{call}: '{path_text(keys)}' has dtype {leaf.dtype}; it must be real or complex "
-                "floating."
-            )
+            dtype = f"dtype {leaf.dtype}; it must be real or complex floating"
+            raise TypeError(f"{call}: '{path_text(keys)}' has {dtype}.")
 
 
-def matrix_leaves(call: str, tree: Any) -> tuple[list[Any], list["Place"], Any]:
+def matrix_leaves(call: str, tree: optax.Params) -> tuple[list[Any], list["Place"], Any]:
     """The leaves of a tree of matrices, checked, the place of each, and the tree's structure."""
     check_matrix_leaves(call, tree)
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -87,9 +85,8 @@ def check_matrices(call: str, x: Any, argument: str = "x") -> None:
     """Raises unless `x` is an array of real or complex floating matrices, shape (..., m, n)."""
     check_array(call, x, argument)
     if x.ndim < 2:
-        raise ValueError(
-            f"{call}: {argument} has shape {x.shape}; matrices need at least two axes."
-        )
+        has = f"{argument} has shape {x.shape}"
+        raise ValueError(f"{call}: {has}; matrices need at least two axes.")
 
 
 def check_array(call: str, x: Any, argument: str) -> None:
@@ -97,12 +94,11 @@ def check_array(call: str, x: Any, argument: str) -> None:
     if not isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         raise TypeError(f"{call}: {argument} must be an array, got {type(x).__name__}.")
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{call}: {argument} has dtype {x.dtype}; it must be real or complex floating."
-        )
+        has = f"{argument} has dtype {x.dtype}"
+        raise TypeError(f"{call}: {has}; it must be real or complex floating.")
 
 
-def check_params(call: str, x: Any) -> None:
+def check_params(call: str, x: optax.Params | None) -> None:
     """Raises a `ValueError` if the params that a transformation needs are missing."""
     if x is None:
         raise ValueError(f"{call}: update needs params: call update(updates, state, params).")
@@ -130,7 +126,7 @@ def needs_params(call: str, inner: optax.GradientTransformation) -> optax.Gradie
     return optax.GradientTransformation(inner.init, update)
 
 
-def is_masked(x: Any) -> bool:
+def is_masked(x: object) -> bool:
     """Whether `x` stands for a leaf that a partition or mask took away."""
     return isinstance(x, optax.MaskedNode)
 
@@ -215,7 +211,7 @@ def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
     return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
 
 
-def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
+def replicate_beside(x: jax.Array, like: object) -> jax.Array:
     """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
     if isinstance(like, Tracer):
         sharding, put = explicit_sharding(like), jax.sharding.reshard

@@ -187,9 +187,8 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
     check_matrices(call, update, "update")
     check_matrices(call, weight, "weight")
     if update.shape != weight.shape:
-        raise ValueError(
-            f"{call}: update and weight must have one shape, got {update.shape} and {weight.shape}."
-        )
+        shapes = f"{update.shape} and {weight.shape}"
+        raise ValueError(f"{call}: update and weight must have one shape, got {shapes}.")
     # Of norms that are zero the limits: no update is 0 of anything, an update of nothing infinite.
     ours, theirs = frobenius_norm(update)[..., 0, 0], frobenius_norm(weight)[..., 0, 0]
     ratio = ours / jnp.where(theirs == 0, 1, theirs)

@@ -117,7 +117,7 @@ def of_both(
     return _monitored("of_both", measure, slice(0, 2), dimension_numbers)
 
 
-def _check_measure(call: str, measure: Any) -> None:
+def _check_measure(call: str, measure: object) -> None:
     if isinstance(measure, PathRules):
         measures = [value for _, value in measure.rules] + [measure.default]
         measures = [value for value in measures if value is not None and value is not ...]

@@ -43,10 +43,10 @@ def geometry_of(
     """Geometry of a layer with a kernel (*spatial, inputs / groups, outputs), or raises."""
     check_array(call, kernel, "kernel")
     if kernel.ndim not in _SPATIAL:
-        raise ValueError(
-            f"{call}: kernel has shape {kernel.shape}; accepted are (width, in / groups, out) and "
-            "(height, width, in / groups, out), as Flax has them."
+        accepted = (
+            "(width, in / groups, out) and (height, width, in / groups, out), as Flax has them"
         )
+        raise ValueError(f"{call}: kernel has shape {kernel.shape}; accepted are {accepted}.")
     *size, inputs, outputs = kernel.shape
     groups = check.integer(f"{call}: groups", groups)
     return make_geometry(call, size, strides, dilation, groups, groups * inputs, outputs)
@@ -69,10 +69,8 @@ def make_geometry(
     groups = check.integer(f"{call}: groups", groups)
     for name, channels in {"in_channels": inputs, "out_channels": outputs}.items():
         if check.integer(f"{call}: {name}", channels) % groups:
-            raise ValueError(
-                f"{call}: groups must divide the channels, got {groups} groups for "
-                f"{name} = {channels}."
-            )
+            got = f"{groups} groups for {name} = {channels}"
+            raise ValueError(f"{call}: groups must divide the channels, got {got}.")
     return Geometry(
         size,
         per_axis(call, "strides", strides, len(size)),
@@ -87,10 +85,8 @@ def per_axis(call: str, argument: str, x: PerAxis, axes: int) -> tuple[int, ...]
     """One integer of at least 1 for each spatial axis, or raises."""
     entries = tuple(x) if isinstance(x, Iterable) else (x,) * axes
     if len(entries) != axes:
-        raise ValueError(
-            f"{call}: {argument} must be an integer or {axes} of them, one per spatial axis, "
-            f"got {x!r}."
-        )
+        accepted = f"an integer or {axes} of them, one per spatial axis"
+        raise ValueError(f"{call}: {argument} must be {accepted}, got {x!r}.")
     return tuple(check.integer(f"{call}: {argument}", entry) for entry in entries)
 
 
@@ -133,9 +129,9 @@ def pads_of(
 def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:
     """Raises unless windows go round an input of the given size in whole strides."""
     if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
+        accepted = f"a multiple of the strides {geometry.strides}"
         raise ValueError(
-            f"{call}: with circular padding, input_size must be a multiple of the strides "
-            f"{geometry.strides}, got {size}."
+            f"{call}: with circular padding, input_size must be {accepted}, got {size}."
         )
 
 

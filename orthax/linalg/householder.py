@@ -147,10 +147,8 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
     for argument, x in {"u": u, "v": v}.items():
         _check_tall(call, argument, x)
     if (*u.shape[:-2], u.shape[-1]) != (*v.shape[:-2], v.shape[-1]):
-        raise ValueError(
-            f"{call}: u and v must have equal batch axes and numbers of columns, got shapes "
-            f"{u.shape} and {v.shape}."
-        )
+        equal = "equal batch axes and numbers of columns"
+        raise ValueError(f"{call}: u and v must have {equal}, got shapes {u.shape} and {v.shape}.")
     if u.shape[-1] == 0:
         return jnp.zeros((*u.shape[:-1], v.shape[-2]), u.dtype)
     # S selects the first k columns of both products, so no others are computed.
@@ -210,7 +208,5 @@ def _check_real(call: str, argument: str, x: Any) -> None:
 def _check_tall(call: str, argument: str, x: Any) -> None:
     _check_real(call, argument, x)
     if x.shape[-2] < x.shape[-1]:
-        raise ValueError(
-            f"{call}: {argument} has shape {x.shape}; it must not have more columns than rows. "
-            "Transpose a wide matrix."
-        )
+        accepted = "it must not have more columns than rows. Transpose a wide matrix"
+        raise ValueError(f"{call}: {argument} has shape {x.shape}; {accepted}.")

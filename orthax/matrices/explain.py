@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import optax
 
 from orthax.matrices.partition import Leaf, resolve
 from orthax.matrices.view import MatrixView
@@ -52,7 +53,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(params: Any, dimension_numbers: Any = None) -> Explanation:
+def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
     """Shows where each leaf goes and how it is read, without raising for undecided ones.
 
     Args:

@@ -60,7 +60,7 @@ class PathRules:
 
 
 def chosen_values(
-    call: str, tree: Any, names: list[str], dimension_numbers: Any
+    call: str, tree: optax.Params, names: list[str], dimension_numbers: Any
 ) -> list[tuple[Any, str]]:
     """Returns for each leaf its dimension numbers and the reason; `...` for the default rule."""
     if isinstance(dimension_numbers, PathRules):
@@ -86,5 +86,5 @@ def chosen_values(
     return chosen
 
 
-def _is_value(x: Any) -> bool:
+def _is_value(x: object) -> bool:
     return x is None or isinstance(x, DimensionNumbers | Packed | optax.MaskedNode)

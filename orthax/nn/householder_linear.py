@@ -153,23 +153,14 @@ class HouseholderLinear(nnx.Module):
           [[0. 1.]
            [1. 0.]]
         """
-        if jnp.ndim(kernel) != 2:
-            raise ValueError(
-                f"{_CALL}.from_kernel: kernel must have two axes, got shape {jnp.shape(kernel)}."
-            )
-        if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[1:]:
-            raise ValueError(
-                f"{_CALL}.from_kernel: bias must have shape {jnp.shape(kernel)[1:]}, got "
-                f"{jnp.shape(bias)}."
-            )
+        call, shape = f"{_CALL}.from_kernel", jnp.shape(kernel)
+        if len(shape) != 2:
+            raise ValueError(f"{call}: kernel must have two axes, got shape {shape}.")
+        if bias is not None and jnp.shape(bias) != shape[1:]:
+            raise ValueError(f"{call}: bias must have shape {shape[1:]}, got {jnp.shape(bias)}.")
         # The layer is made with random directions, which those of the trained kernel replace.
-        layer = cls(
-            *kernel.shape,
-            rank=rank,
-            use_bias=bias is not None,
-            param_dtype=kernel.dtype,
-            rngs=nnx.Rngs(0),
-        )
+        settings = {"use_bias": bias is not None, "param_dtype": kernel.dtype}
+        layer = cls(*shape, rank=rank, rngs=nnx.Rngs(0), **settings)
         if rank is not None:
             ins, outs = householder_factors(kernel, rank)
         else:

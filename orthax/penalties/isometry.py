@@ -55,8 +55,8 @@ def warm_spectral_restricted_isometry(*, steps: int = 1, squared: bool = False) 
       squared: Whether to square the norm.
 
     Returns:
-      A `WithMemory` for `orthax.add_penalty` or by hand: `init(w)` gives the first vector, `apply(w,
-      vector)` the penalty and the next one, min(m, n) entries per matrix, at least float32.
+      A `WithMemory` for `orthax.add_penalty` or by hand: `init(w)` gives the first vector,
+      `apply(w, vector)` the penalty and the next: min(m, n) entries per matrix, at least float32.
 
     Raises:
       ValueError: If `steps` is less than 1; in `apply`, if `w` has fewer than two axes.

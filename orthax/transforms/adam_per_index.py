@@ -33,7 +33,7 @@ def scale_by_adam_per_index(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
-    mu_dtype: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Adam for `low_rank`, with an age for each index of the shorter axis.
 

@@ -71,7 +71,5 @@ def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) ->
     known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][1:]
     for option in options:
         if option not in known:
-            raise TypeError(
-                f"orthogonalize: {name} has no option {option!r}; "
-                f"it has {', '.join(known) or 'none'}."
-            )
+            has = ", ".join(known) or "none"
+            raise TypeError(f"orthogonalize: {name} has no option {option!r}; it has {has}.")

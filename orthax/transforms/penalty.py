@@ -1,6 +1,5 @@
 """`add_penalty`: the gradient of a penalty on the weights, as `optax.add_decayed_weights` does."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
+from jax.tree_util import KeyPath
 
 from orthax.base import check
 from orthax.base.leaves import (
@@ -87,19 +87,17 @@ def add_penalty(
         if not (callable(value) or isinstance(value, WithMemory)):
             if isinstance(penalty, PathRules) and (value is None or value is ...):
                 continue
-            raise TypeError(
-                f"{_CALL}: penalty must be a function of an array, an orthax.WithMemory, or "
-                f"orthax.PathRules of such and None, got {value!r}."
-            )
+            accepted = "a function of an array, an orthax.WithMemory, or orthax.PathRules of such"
+            raise TypeError(f"{_CALL}: penalty must be {accepted} and None, got {value!r}.")
     check.number_or_schedule(f"{_CALL}: strength", strength, "[0, inf)")
 
-    def penalty_of(keys: Any) -> tuple[str, Any]:
+    def penalty_of(keys: KeyPath) -> tuple[str, Any]:
         path = path_text(keys)
         value = penalty.lookup(path)[0] if isinstance(penalty, PathRules) else penalty
         return path, None if value is ... else value
 
-    def init(params: Any) -> AddPenaltyState:
-        def memory(keys: Any, leaf: Any) -> Any:
+    def init(params: optax.Params) -> AddPenaltyState:
+        def memory(keys: KeyPath, leaf: Any) -> Any:
             path, value = penalty_of(keys)
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
@@ -111,8 +109,8 @@ def add_penalty(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, AddPenaltyState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, AddPenaltyState]:
         del extra
         check_params(_CALL, params)
         factor = strength(state.count) if callable(strength) else strength
@@ -143,18 +141,14 @@ def _naming(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"{_CALL}: '{path}': {error} Leaves without a penalty are left out by mask or by "
-            "orthax.PathRules."
-        ) from error
+        advice = "Leaves without a penalty are left out by mask or by orthax.PathRules."
+        raise kind(f"{_CALL}: '{path}': {error} {advice}") from error
 
 
 def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
     """Steepest ascent of the penalty at `w`, where it lies, and the next memory."""
-    if isinstance(penalty, WithMemory):
-        value_and_memory = penalty.apply
-    else:
-        value_and_memory = functools.partial(_with_memory, penalty)
+    remembers = isinstance(penalty, WithMemory)
+    value_and_memory = penalty.apply if remembers else lambda w, memory: (penalty(w), memory)
 
     def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         # What is not floating is shown to the penalty as it is, which refuses it by name.
@@ -169,7 +163,3 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
         whole = sharding.update(spec=PartitionSpec())
         out = sharding, jax.tree.map(lambda _: whole, memory)
     return laid_out(gradient, out)(w, memory)
-
-
-def _with_memory(penalty: Callable[[jax.Array], jax.Array], w: jax.Array, memory: Any) -> Any:
-    return penalty(w), memory

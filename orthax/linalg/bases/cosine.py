@@ -132,13 +132,11 @@ def cosine_transform(x: jax.Array, method: Method = "auto", *, inverse: bool = F
         method = "fft" if _fft_is_faster(x) else "matrix"
     if method == "fft":
         by_fft = _idct_by_fft if inverse else _dct_by_fft
-        return jax.lax.complex(by_fft(x.real), by_fft(x.imag)) if _is_complex(x) else by_fft(x)
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(by_fft(x.real), by_fft(x.imag))
+        return by_fft(x)
     matrix = dct_columns(n, jnp.arange(n), x.real.dtype, transposed=inverse)
     return jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
-
-
-def _is_complex(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def _fft_is_faster(x: jax.Array) -> bool:

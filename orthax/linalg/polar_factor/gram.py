@@ -149,7 +149,5 @@ def _check_restarts(restarts: Any, steps: int) -> None:
     places: list[Any] = list(restarts) if isinstance(restarts, Sequence) else [None]
     whole = all(isinstance(place, (int, np.integer)) for place in places)
     if not (whole and sorted(set(places)) == places and all(0 < p < steps for p in places)):
-        raise ValueError(
-            "gram_newton_schulz: restarts must be increasing steps from 1 to "
-            f"{steps - 1}, got {restarts!r}."
-        )
+        accepted = f"increasing steps from 1 to {steps - 1}"
+        raise ValueError(f"gram_newton_schulz: restarts must be {accepted}, got {restarts!r}.")

@@ -119,10 +119,8 @@ def _check_spectra(spectra: Sequence[ArrayLike]) -> list[np.ndarray]:
             values = np.empty(0)
         finite = values.ndim == 1 and np.isfinite(values).all()
         if np.iscomplexobj(spectrum) or not (finite and (values >= 0).all() and values.any()):
-            raise ValueError(
-                f"for_shape: spectra[{index}] must be a 1-D array of finite numbers, none negative "
-                f"and one positive; got {spectrum!r}."
-            )
+            accepted = "a 1-D array of finite numbers, none negative and one positive"
+            raise ValueError(f"for_shape: spectra[{index}] must be {accepted}; got {spectrum!r}.")
         values = values / values.max()  # so that squares neither overflow nor vanish
         relative.append(values / np.linalg.norm(values))
     if not relative:

@@ -18,16 +18,14 @@ Table: TypeAlias = tuple[Row, ...]
 
 def check_table(call: str, coefficients: Any) -> Table:
     """Returns a table as tuples of floats, or raises a `ValueError` that names the call."""
-    accepted = "at least one row of three finite numbers (a, b, c)"
+    accepted = "at least one row of three finite numbers (a, b, c), one row per step"
     try:
         table: Any = np.asarray(coefficients, dtype=np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
     is_table = table.ndim == 2 and table.shape[0] > 0 and table.shape[1] == 3
     if not (is_table and np.isfinite(table).all()):
-        raise ValueError(
-            f"{call}: coefficients must be {accepted}, one row per step; got {coefficients!r}."
-        )
+        raise ValueError(f"{call}: coefficients must be {accepted}; got {coefficients!r}.")
     return tuple((float(a), float(b), float(c)) for a, b, c in table)
 
 

@@ -176,10 +176,8 @@ def _functions(
     rows, eps = y.shape[-2], float(jnp.finfo(y.dtype).eps)
     least = least_stable_lower(degree, rows, eps)
     if lower is not None and lower < least:
-        raise ValueError(
-            f"zolotarev: lower must lie in [{1.01 * least:.3g}, 1) for degree {degree} and "
-            f"matrices of shape {y.shape} in {y.dtype}, got {lower!r}."
-        )
+        accepted = f"[{1.01 * least:.3g}, 1) for degree {degree} and matrices of shape {y.shape}"
+        raise ValueError(f"zolotarev: lower must lie in {accepted} in {y.dtype}, got {lower!r}.")
     last = sign_function(degree, float(max(least, DEFAULT_LOWER) if lower is None else lower))
     if passes == 1:
         return (last,)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
 from orthax.base import check
 from orthax.base.leaves import (
@@ -144,7 +145,7 @@ def projected_axis(shape: tuple[int, ...]) -> int:
     return -2 if shape[-2] <= shape[-1] else -1
 
 
-def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
+def make_frames(tree: optax.Params, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
     """A frame for each leaf of a tree of matrices, or their shapes; `bases` as a state has them."""
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
     leaves, places, _ = matrix_leaves("low_rank", tree)
@@ -164,17 +165,16 @@ def check_kept(frames: list[Frame], kept: list[Any]) -> None:
     for frame, subspace in zip(frames, kept, strict=True):
         found = 0 if isinstance(subspace, optax.MaskedNode) else np.shape(subspace)[-1]
         if found != (0 if isinstance(frame.subspace, Whole) else frame.rank):
-            raise ValueError(
-                f"low_rank: '{frame.path}' with shape {frame.shape} has a state of rank "
-                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank."
-            )
+            ranks = f"rank {found or 'full'}, but its rank is now {frame.rank}"
+            where = f"low_rank: '{frame.path}' with shape {frame.shape}"
+            raise ValueError(f"{where} has a state of {ranks}: a state keeps its rank.")
 
 
-def random_matrices(tree: Any, rank: Any, seed: int) -> Any:
+def random_matrices(tree: optax.Params, rank: Any, seed: int) -> Any:
     """A random orthogonal matrix for each n, in the place of the first leaf that needs it."""
     drawn = set()
 
-    def draw(keys: Any, leaf: Any) -> Any:
+    def draw(keys: KeyPath, leaf: Any) -> Any:
         shape = np.shape(leaf)
         n = min(shape[-2:])
         if n in drawn or _rank_of(rank, path_text(keys), shape) >= n:
@@ -193,10 +193,8 @@ def check_rank(rank: Any) -> None:
         return
     accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
     if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
-        raise TypeError(
-            f"low_rank: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
-            "it in static_args."
-        )
+        hint = "In optax.inject_hyperparams, list it in static_args."
+        raise TypeError(f"low_rank: rank must be {accepted}, got {rank!r}. {hint}")
     if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
         raise ValueError(f"low_rank: rank must be {accepted}, got {rank!r}.")
 

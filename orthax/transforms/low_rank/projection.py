@@ -61,7 +61,7 @@ def low_rank(
     ranking: Literal["l1", "l2"] = "l2",
     retain: jax.typing.ArrayLike | None = None,
     update_every: int = 1,
-    buffer_dtype: Any = None,
+    buffer_dtype: jax.typing.DTypeLike | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -270,6 +270,5 @@ def _check_complex(frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) 
         return
     for frame, x in zip(frames, xs, strict=True):
         if jnp.iscomplexobj(x):
-            raise TypeError(
-                f"low_rank: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
-            )
+            dtype = f"buffer_dtype={buffer_dtype!r}"
+            raise TypeError(f"low_rank: '{frame.path}' is complex, and {dtype} is not.")
