@@ -113,8 +113,7 @@ def map_matrices(
     """Maps `fun` over the leaves of trees of matrices; `None` and masked leaves stay.
 
     `fun` takes one leaf of each of `tree` and `rest`, trees of one structure, to one array or to a
-    tuple of `outputs` arrays; result i takes dtype and sharding from argument i. Returns the trees
-    of results. The rest as in `each_matrix`.
+    tuple of `outputs` arrays; result i takes dtype and sharding from argument i. Returns the trees.
     """
     leaves, places, structure = matrix_leaves(call, tree)
     rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))

@@ -17,12 +17,10 @@ class WithMemory(NamedTuple):
     Example:
       >>> import jax.numpy as jnp
       >>> from orthax.diagnostics import warm_spectral_norm
-      >>> init, apply = warm_spectral_norm()
+      >>> init, apply = warm_spectral_norm(steps=8)
       >>> w = jnp.diag(jnp.array([2.0, 1.0]))
-      >>> memory = init(w)
-      >>> for _ in range(8):
-      ...     norm, memory = apply(w, memory)
-      >>> print(norm.round(3))
+      >>> norm, memory = apply(w, init(w))
+      >>> print(norm.round(3))  # the next call takes `memory`
       2.0
     """
 

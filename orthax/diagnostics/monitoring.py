@@ -26,14 +26,12 @@ def of_updates(
         `orthax.PathRules` from paths to functions of the leaf as it is, such as
         `convolution_orthogonality`, and to None where nothing is measured.
       dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`. By the
-        default rule, output heads, embeddings and biases are none, and are not measured. Not used
-        with `PathRules`.
+        default rule, output heads, embeddings and biases are none. Not used with `PathRules`.
 
     Returns:
       A function from updates to a dict of the measures by path, of a `Packed` leaf a tuple. Of a
       `WithMemory`, a transformation that gives this dict. `optax.tree.get(state, name)` reads it.
-      `optax.monitor` has it from the first update on, so its state changes structure there; for
-      `jax.lax.scan` take `optax.snapshot`.
+      `optax.monitor` has it after the first update only: under `jax.lax.scan`, `optax.snapshot`.
 
     Raises:
       TypeError: If `measure` is no function; ValueError: for a leaf whose names leave its axes
@@ -68,8 +66,7 @@ def of_params(
       State: the memories, in a dict by path.
 
     Raises:
-      TypeError: If `measure` is no function; ValueError: at `update`, without params; as in
-        `of_updates`.
+      TypeError: If `measure` is no function; ValueError: without params; as in `of_updates`.
 
     Example:
       >>> import jax.numpy as jnp, optax

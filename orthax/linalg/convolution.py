@@ -146,8 +146,7 @@ def convolution_matrix(
 ) -> jax.Array:
     r"""The matrix of a convolution layer: `y.ravel() == matrix @ x.ravel()` for one image x.
 
-    With an entry for every pair of an output and an input, it is for small sizes. The matrix of the
-    transposed layer is its transpose.
+    With an entry per output and input it is for small sizes. A transposed layer has the transpose.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).

@@ -44,8 +44,7 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       x: Matrices, shape (..., m, n), real or complex floating.
 
     Returns:
-      Shape (..., 1, 1), real; float32 for 16-bit input, else the precision of `x`. Zero for a zero
-      or empty matrix, NaN if an entry is NaN.
+      Shape (..., 1, 1), real, at least float32. Zero for a zero or empty matrix, NaN for a NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,8 +63,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       eps: A matrix whose largest entry is at most this counts as zero.
 
     Returns:
-      Same shape; float32 for 16-bit input, else the dtype of `x`. Zero for a matrix that counts as
-      zero.
+      Same shape, in at least float32. Zero for a matrix that counts as zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,8 +106,7 @@ def _largest(x: jax.Array, eps: float) -> jax.Array:
 def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Quotient of an array and sizes of any magnitude, zero where the size is zero."""
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126: so both
-    # are divided by four. An infinite divisor makes zero of a zero scale, without 0 / 0 in the
-    # gradient.
+    # are divided by four. An infinite divisor avoids 0 / 0, in the gradient too.
     less = 1 - 0.75 * (scale > 1)
     divisor = lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
     return (x * less) / divisor

@@ -2,8 +2,7 @@ r"""Orthogonal matrices as products of Householder reflections, in compact WY fo
 
 A reflection :math:`H = I - 2 v v^T / \|v\|^2` depends on the direction of v only, so any optimizer
 may move v: the product stays orthogonal. :math:`H_1 H_2 \cdots H_r = I - V T^{-1} V^T` with
-:math:`T = \mathrm{triu}(V^T V, 1) + \mathrm{diag}(\|v_i\|^2) / 2` takes a triangular solve and two
-products instead of r steps.
+:math:`T = \mathrm{triu}(V^T V, 1) + \mathrm{diag}(\|v_i\|^2) / 2` takes a solve and two products.
 """
 
 from typing import Any
@@ -21,8 +20,7 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
     r"""Product of Householder reflections, :math:`H_1 H_2 \cdots H_r`, or its first columns.
 
     Args:
-      v: The reflected directions as columns, shape (..., n, r) with r <= n, real floating. Any
-        length; a zero column reflects nothing.
+      v: Directions as columns, (..., n, r), r <= n, real floating; a zero column reflects nothing.
       columns: How many columns of the product to compute, 1 to n. None: all n.
 
     Returns:
@@ -73,8 +71,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
 
     Returns:
       Shape (..., n, k), dtype of `q`: unit columns, or zero, with zeros above the diagonal. For
-      columns that are not orthonormal, those of the Q factor of q with a positive diagonal of R.
-      One after the other, so k steps.
+      columns that are not orthonormal, those of the Q factor for a positive diagonal of R. k steps.
 
     Raises:
       ValueError: If `q` has fewer than two axes or is wide; TypeError: if `q` is not real floating.
@@ -92,9 +89,8 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         return q
     a, _ = unit_max(q)
 
-    # Householder's QR factorisation. Step j reflects column j onto the positive axis j. With the
-    # sign that LAPACK takes, against cancellation, R would get negative entries and the product of
-    # reflections columns of the wrong sign.
+    # Householder's QR factorisation: step j reflects column j onto the positive axis j. The sign of
+    # LAPACK, against cancellation, would give R negative entries and the product wrong signs.
     def reflect(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, vectors = carry
         column = lax.dynamic_index_in_dim(a, j, axis=-1)
@@ -134,10 +130,9 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
         columns or batch axes differ; TypeError: if either is not real floating.
 
     Example:
-      >>> u, v = jnp.zeros((3, 1)), jnp.array([[1.0], [1.0]])
+      >>> u, v = jnp.zeros((2, 1)), jnp.array([[1.0], [1.0]])
       >>> print(householder_projector(u, v).round(6) + 0.0)
       [[ 0. -1.]
-       [ 0.  0.]
        [ 0.  0.]]
 
     Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
@@ -170,8 +165,8 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
       u of shape (..., m, k) and v of shape (..., n, k), dtype of `w`.
 
     Raises:
-      ValueError: If `w` has fewer than two axes or `rank` is out of range; TypeError: if `w` is not
-        real floating, or `rank` no integer.
+      ValueError: If `w` has fewer than two axes or `rank` is out of range.
+      TypeError: If `w` is not real floating, or `rank` no integer.
 
     Example:
       >>> u, v = householder_factors(jnp.array([[0.0, 5.0], [0.1, 0.0]]), rank=1)

@@ -43,8 +43,7 @@ def quantile_of_magnitude(x: jax.Array, quantile: ArrayLike) -> jax.Array:
     # The first digit outside the loop makes `known` an array of the shape that the loop carries.
     pattern = lax.fori_loop(1, bits // 2, next_digit, next_digit(0, unsigned(0)))
 
-    # One more pass: the next larger entry to interpolate with, and the largest, since the patterns
-    # of NaN lie above that of infinity.
+    # One more pass: the next larger entry, and the largest, as NaNs have patterns above infinity.
     up_to, larger = (patterns <= pattern).astype(jnp.int32), np.iinfo(unsigned).max
     count, above, largest = _reduce(
         [lax.add, lax.min, lax.max],

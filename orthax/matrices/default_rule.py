@@ -118,8 +118,7 @@ def _is_attention(path: Path, shapes: Shapes) -> bool:
     """Whether the four projections fit together as multi-head attention and in no other way.
 
     Attention has query, key, value (*stack, features, heads, head_dim) and out (*stack, heads,
-    head_dim, features). A stack of square linear layers under these names does not fit, unless it
-    is as long as they are wide.
+    head_dim, features). Square linear layers do not fit, unless a stack is as long as they are.
     """
     kernels = [shapes.get((*path[:-2], name, "kernel"), ()) for name in _ATTENTION]
     query, key, value, out = kernels

@@ -50,8 +50,7 @@ def dimension_numbers(
 
     Returns:
       Rules with one exact path per parameter, as `nnx.state(model)` shows it, and the default rule
-      for all others. Axes of stacked layers are batch axes; they lead, unless kernel and bias say
-      otherwise.
+      for all others. Axes of stacked layers are batch axes: the first, unless sizes say otherwise.
 
     Raises:
       TypeError: For a model that is not an `nnx.Module`, or `exclude` of another type. ValueError:
@@ -89,8 +88,7 @@ def dimension_numbers(
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
 
-    # Exclusions come first, as the first rule that matches a path decides. Paths are escaped and
-    # anchored: each rule is for one parameter.
+    # Exclusions come first, as the first rule decides. Paths are escaped: a rule per parameter.
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
     for keys, node in nodes:
         parts = tuple(map(str, keys))

@@ -112,8 +112,7 @@ def lambda_orthogonality(
       sharpness: α, at least 0: how suddenly the gate closes. The paper does not state its own.
 
     Returns:
-      Scalar, the sum over all matrices; at least 0, and 0 iff all are orthogonal. The gradient at
-      exactly orthogonal matrices is zero.
+      Scalar, the sum over all matrices; 0, with gradient 0, iff all are orthogonal, else positive.
 
     Raises:
       ValueError: If `w` has fewer than two axes, `radius` or `sharpness` is negative or NaN, or

@@ -63,11 +63,9 @@ def warm_spectral_restricted_isometry(*, steps: int = 1, squared: bool = False) 
       TypeError: If `steps` is no integer; in `apply`, if `w` is not floating.
 
     Example:
-      >>> init, apply = warm_spectral_restricted_isometry()
+      >>> init, apply = warm_spectral_restricted_isometry(steps=3)
       >>> w = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-      >>> vector = init(w)
-      >>> for _ in range(3):
-      ...     penalty, vector = apply(w, vector)
+      >>> penalty, vector = apply(w, init(w))
       >>> print(penalty.round(4))
       3.0
     """
@@ -94,8 +92,7 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
         def deviation_times(v: jax.Array, y: jax.Array) -> jax.Array:
             return _product(y, _product(y.mT.conj(), v)) - v
 
-        # Only the last application is differentiated, with the vector held constant, as in the
-        # derivative of an eigenvalue.
+        # Only the last application is differentiated, as the derivative of an eigenvalue takes.
         fixed = lax.stop_gradient(y)
         start = start_vector(call, vector, fixed, y.shape[-2])
         v = power_iteration(lambda v: deviation_times(v, fixed), start, steps - 1)

@@ -40,8 +40,7 @@ def scale_by_adam_per_index(
     :math:`\mu / (1 - \beta_1^{t_j})` over :math:`\sqrt{\nu / (1 - \beta_2^{t_j})} + \epsilon`
     with the age :math:`t_j` of index j, its number of updates since `low_rank` took it in. An index
     that comes late starts with a step of 1, like the first ones; with one count for all, it would
-    be :math:`(1 - \beta_1) / \sqrt{1 - \beta_2} = 3.2`. Where no index ever changes, it is
-    `optax.scale_by_adam`.
+    be :math:`(1 - \beta_1) / \sqrt{1 - \beta_2} = 3.2`. Else it is `optax.scale_by_adam`.
 
     Args:
       b1: Decay of the first moment, in [0, 1).

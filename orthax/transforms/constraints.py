@@ -31,8 +31,7 @@ def keep_orthogonal(
 
         optax.chain(project_tangent(), optax.sgd(0.1, momentum=0.9), keep_orthogonal())
 
-    Params that are not orthogonal are so after the first update, unless `params + updates` has not
-    full rank.
+    Other params are orthogonal after the first update, if `params + updates` has full rank.
 
     Args:
       method: The retraction, of matrices (..., m, n), commuting with transposition. The default
@@ -58,8 +57,7 @@ def keep_orthogonal(
       [[ 0.707 -0.707]
        [ 0.707  0.707]]
 
-    Reference: Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008,
-      example 4.1.3.
+    Reference: Absil et al., Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
     """
     check.function("keep_orthogonal: method", method)
     return _kept("keep_orthogonal", lambda aim, _: method(aim), share=ALL)
@@ -73,8 +71,7 @@ def project_tangent() -> optax.GradientTransformation:
     takes away leads off the manifold and would be undone by `keep_orthogonal`.
 
     Returns:
-      A stateless transformation; updates keep dtype, shape and sharding. Where the params are
-      orthogonal it is an orthogonal projection.
+      A stateless transformation, an orthogonal projection; updates keep dtype, shape and sharding.
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
@@ -115,8 +112,7 @@ def keep_unit_neurons(
       axis: "output": the columns of `x @ W`, incoming weights of a neuron. "input": the rows.
 
     Returns:
-      A stateless transformation; updates keep dtype, shape and sharding. A neuron that an update
-      would make zero keeps its direction.
+      A stateless transformation; a neuron that would become zero keeps its direction.
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:

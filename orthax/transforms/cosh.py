@@ -32,8 +32,7 @@ def scale_by_cosh_rms(
     direction is the matrix over its Frobenius norm, the repository's is the matrix itself, and
     neither slows down for outliers. In "rms" R does: at gamma 1 and 768 x 3072 it is 2.05 for
     normal entries, 7.5 once a single one is 10 times the RMS, 1.6e5 at 20 times and 9e64 for
-    Student's t with 3 degrees of freedom. Heavy-tailed momentum nearly stops, or stops where 1 / R
-    underflows.
+    Student's t with 3 degrees of freedom. Heavy-tailed momentum nearly stops, or 1 / R underflows.
 
     Args:
       gamma: Factor in the cosh, at least 0. The repository's is 1.5.
@@ -51,12 +50,9 @@ def scale_by_cosh_rms(
 
     Example:
       >>> x = jnp.array([[3.0, -4.0]])
-      >>> for mode in ("paper", "code", "rms"):
-      ...     updates, _ = scale_by_cosh_rms(mode=mode).update(x, optax.EmptyState())
-      ...     print(mode, updates.round(1))
-      paper [[ 0.5 -0.6]]
-      code [[ 2.4 -3.2]]
-      rms [[ 0.4 -0.5]]
+      >>> updates, _ = scale_by_cosh_rms(mode="code").update(x, optax.EmptyState())
+      >>> print(updates.round(1))
+      [[ 2.4 -3.2]]
 
     Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """

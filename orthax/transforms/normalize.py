@@ -45,8 +45,7 @@ def normalize_neurons(
       decay: Decay of the second moment, in [0, 1).
       eps: Added to the RMS; an absolute number, as in the paper: updates near it are evened less.
       axis: Which vectors are neurons: "output" the columns, as in the paper and Dion's repository;
-        "long" those counted along the longer side, as in modded-nanogpt and NVIDIA's code. They
-        agree for fan_out >= fan_in.
+        "long" those along the longer (modded-nanogpt, NVIDIA); the same for fan_out >= fan_in.
 
     Returns:
       A transformation; a zero matrix gives exactly zero and the result is finite for finite input.
@@ -82,14 +81,12 @@ def normalize_neurons(
         return (rms_of_neurons(zeros_like(x)),)
 
     def evened(x: jax.Array, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
-        # squares that overflow.
+        # Algorithm 1: the root of decay * rms**2 + (1 - decay) * new**2, without overflow.
         old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
         rms = jnp.hypot(old, new).astype(rms.dtype)
         # Algorithm 1, the division by its root, entry by entry.
         divided = x / (rms + eps)
-        # The norm that the matrix had: the paper scales to a norm of its own, the official code as
-        # here. A matrix that eps made zero stays zero.
+        # The norm that the matrix had, as in the official code; the paper scales to its own.
         before, after = frobenius_norm(x), frobenius_norm(divided)
         return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 

@@ -18,18 +18,15 @@ def orthogonalize(
 ) -> optax.GradientTransformation:
     r"""Replaces every matrix by its (approximate) orthogonal polar factor.
 
-    That is the steepest descent direction under the spectral norm: all singular values become 1 and
-    the singular vectors stay.
+    The steepest descent direction under the spectral norm: singular values 1, the same vectors.
 
     Args:
       method: Function of matrices (..., m, n) to such of the same shape and dtype; with `stack` it
         must commute with transposition, as every polar factor does. The default chooses by shape,
-        dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the polar factor, and
-        slower.
+        dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the factor, and slower.
       stack: Whether matrices of one dtype and shape, up to transposition, are stacked, `method`
         called once per shape: smaller programs, faster to compile. Leaves on Auto mesh axes are not
-        stacked, since only the compiler knows how each is sharded; those on Explicit axes are with
-        those of the same sharding.
+        stacked, as only the compiler knows how they are sharded; on Explicit axes, per sharding.
       **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
 
     Returns:

@@ -56,10 +56,8 @@ def add_penalty(
 
     Returns:
       A transformation whose updates keep shape, dtype and sharding; the gradient is computed in at
-      least float32. Of complex params it is the direction of steepest ascent, the conjugate of
-      `jax.grad`'s.
-      State: `AddPenaltyState`; memories whole on every device of a mesh (on Auto axes the compiler
-        may lay them out otherwise).
+      least float32. Of complex params it is the steepest ascent, the conjugate of `jax.grad`'s.
+      State: `AddPenaltyState`; memories whole on each device of a mesh (Auto axes: as compiled).
       Sees: any leaf that its penalty takes; needs params. In `orthax.as_matrices`, kernels of any
         rank are matrices; sections of a packed leaf have paths that end in their number.
 
@@ -71,15 +69,11 @@ def add_penalty(
     Example:
       >>> from orthax.penalties import soft_orthogonality
       >>> params = {"kernel": 2 * jnp.eye(2), "bias": jnp.ones(2)}
-      >>> rules = PathRules(((r"kernel$", soft_orthogonality),))
-      >>> tx = optax.chain(add_penalty(rules, strength=0.1), optax.scale_by_learning_rate(0.1))
-      >>> state = tx.init(params)
-      >>> for _ in range(40):
-      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(params["kernel"].round(2))
-      [[1.01 0.  ]
-       [0.   1.01]]
+      >>> tx = add_penalty(PathRules(((r"kernel$", soft_orthogonality),)), strength=0.1)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> print(updates["kernel"], updates["bias"])
+      [[2.4 0. ]
+       [0.  2.4]] [0. 0.]
     """
     values = [value for _, value in penalty.rules] if isinstance(penalty, PathRules) else [penalty]
     values += [penalty.default] if isinstance(penalty, PathRules) else []

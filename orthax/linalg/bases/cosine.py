@@ -25,21 +25,18 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     r"""Orthonormal DCT-II of each row.
 
     :math:`y_k = s_k \sum_j x_j \cos(\pi k (2j + 1) / 2n)` with :math:`s_0 = \sqrt{1/n}` and
-    :math:`s_k = \sqrt{2/n}`: the product of `x` with `dct_matrix(n)`. Smooth rows have their energy
-    in the first few coefficients.
+    :math:`s_k = \sqrt{2/n}`, the product with `dct_matrix(n)`. Smooth rows need few coefficients.
 
     Args:
       x: Shape (..., m, n), real or complex floating; the last axis is transformed.
       method: "matrix" multiplies by `dct_matrix(n)`, which shards without collectives over all axes
-        but the last; "fft" takes n log n operations a row; "auto" the faster one by length and
-        backend, and products on meshes.
+        but the last; "fft" takes n log n operations a row; "auto" the faster, products on meshes.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `method` is unknown; TypeError: if `x` is not
-        floating.
+      ValueError: For fewer than two axes or an unknown `method`; TypeError: if `x` is not floating.
 
     Example:
       >>> print(dct(jnp.ones((1, 4))).round(3))
@@ -147,9 +144,8 @@ def _fft_is_faster(x: jax.Array) -> bool:
 
 def _dct_by_fft(x: jax.Array) -> jax.Array:
     # Makhoul's order of the row, v = (x_0, x_2, x_4, ..., x_5, x_3, x_1), makes the cosine sum a
-    # Fourier sum of length n: y_k = s_k Re(exp(-i pi k / 2n) V_k), V the Fourier transform of v. As
-    # v is real, V_(n-k) is the conjugate of V_k, and the real part for n - k is minus the imaginary
-    # part for k: half of the spectrum gives all y.
+    # Fourier sum of length n: y_k = s_k Re(exp(-i pi k / 2n) V_k). As v is real, the real part for
+    # n - k is minus the imaginary part for k: half of the spectrum V gives all y.
     n = x.shape[-1]
     spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
     turned = spectrum * _turns(x).conj()
@@ -157,8 +153,7 @@ def _dct_by_fft(x: jax.Array) -> jax.Array:
 
 
 def _idct_by_fft(y: jax.Array) -> jax.Array:
-    # The same backwards: V_k = exp(i pi k / 2n) (y_k - i y_(n-k)) / s_k with y_n = 0, its transform
-    # v, and the two ends of v by turns are x.
+    # The same backwards: V_k = exp(i pi k / 2n) (y_k - i y_(n-k)) / s_k, y_n = 0; v's ends are x.
     n = y.shape[-1]
     half = n // 2 + 1
     mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., : n - half : -1]], axis=-1)

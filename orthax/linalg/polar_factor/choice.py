@@ -77,12 +77,10 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
     Returns:
       Same shape and dtype. Singular values, for a smallest of r relative to the Frobenius norm, in
       float32 and up to 8192 rows: "fast": [0.79, 1.21] for r of at least 2e-3 (1e-3 up to 512
-      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. Zero gives exactly zero, a
-      NaN or infinity NaN.
+      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. Zero gives zero, inf NaN.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `accuracy` is unknown; TypeError: if `x` is not
-        floating.
+      ValueError: For fewer than two axes or an unknown `accuracy`; TypeError: if not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,13 +116,11 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       rtol: Singular values of at most rtol times the largest count as zero. None: max(m, n) eps,
         the most that rounding may make of a zero. That cuts off much of real momentum in float32:
-        half of the directions of a matrix of width 768 from early in training. With `rtol=1e-7` it
-        keeps nearly all.
+        half of the directions of a matrix of width 768 early in training; `rtol=1e-7` nearly none.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32. Zero for a zero matrix. A NaN or
-      infinity gives NaN. Gradients are those of `jnp.linalg.svd`: not finite where singular values
-      repeat.
+      infinity gives NaN. Gradients (`jnp.linalg.svd`'s) are not finite for equal singular values.
 
     Raises:
       ValueError: If `x` has fewer than two axes or `rtol` is negative.

@@ -39,8 +39,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
       Same shape and dtype; 16-bit input is computed in float32. Columns (rows of a wide matrix) are
       orthonormal to rounding: in float32 the spectral norm of :math:`Q^T Q - I` is below 5e-6 up to
       1024 columns. Singular values below 1e-8 of the largest stay short of 1, those that are zero
-      zero; a NaN or infinity gives NaN. The number of steps depends on the values, so there is no
-      gradient in reverse mode.
+      zero; a NaN or infinity gives NaN. As steps depend on values, it has no reverse-mode gradient.
 
     Raises:
       ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.

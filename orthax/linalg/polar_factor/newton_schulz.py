@@ -44,21 +44,18 @@ def newton_schulz(
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       coefficients: One (a, b, c) per step; its length is the number of steps. Or a callable
-        `(m, n) -> table` of the shorter and the longer side, evaluated while tracing, such as
-        `coefficients.for_shape`.
+        `(m, n) -> table` of shorter and longer side, while tracing, as `coefficients.for_shape`.
       prescale: How the singular values are brought below 1 before the first step; the nearer to 1
         they start, the nearer they end. None costs a product: A is what the first step needs.
 
         - "frobenius": division by the Frobenius norm.
-        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, smaller by up to the fourth root
-          of the number of singular values.
+        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, smaller by up to rank^(1/4).
         - "aol": each row of the shorter side times :math:`(\sum_j |A_{ij}|)^{-1/2}`. The smallest
           singular values start 5 to 50 times larger, but the result is the polar factor of the
           matrix with other row lengths: 0.006 away from the wanted one for Gaussian rows of equal
           scale and 0.2 for rows of very different ones.
       dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input on CPU, where
-        16-bit products are no faster. bfloat16 halves the cost on accelerators and leaves singular
-        values about 1e-2 off.
+        16-bit products are no faster. bfloat16 halves the cost on accelerators, with 1e-2 errors.
       precision: Passed to `jnp.matmul`, such as "highest" on TPU.
       eps: A matrix whose largest absolute entry is at most this counts as zero.
 
@@ -69,8 +66,7 @@ def newton_schulz(
       Differentiable, also at rank-deficient input; a zero matrix and its gradient are zero.
 
     Raises:
-      ValueError: If `x` has fewer than two axes, or a row of coefficients is not a triple;
-        TypeError: if `x` is not floating.
+      ValueError: For fewer than two axes or a row that is no triple; TypeError: if not floating.
 
     Example:
       >>> import jax.numpy as jnp

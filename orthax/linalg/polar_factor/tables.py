@@ -62,8 +62,8 @@ def minimax(
       steps: Number of rows, at least 1.
       lower: Smallest singular value, relative to the Frobenius norm, that shall reach 1; in (0, 1).
       cushion: Each step is designed for no less than this fraction of its upper end and then
-        recentred, so that small singular values lose no ground in low precision. 0 is optimal in
-        exact arithmetic.
+        recentred, so that small singular values lose no ground in low precision. In exact
+        arithmetic 0 is optimal.
       safety: Every row but the last is built for singular values this factor larger, so that
         rounding pushes none out of the basin. 1 is optimal in exact arithmetic.
 

@@ -247,8 +247,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def _inverse_factor(a: jax.Array) -> jax.Array:
     """Upper triangular u with u u^H = a^-1: the inverse of the Cholesky factor, transposed.
 
-    Upper, because then no product has its left factor transposed, which XLA's fast kernels for CPU
-    do not take.
+    Upper, because XLA's fast kernels for CPU do not take products with a transposed left factor.
     """
     m = a.shape[-1]
     if m <= LEAF:

@@ -6,8 +6,7 @@ columns Q of an orthonormal basis, and keeps what was left out:
     low = b Q;  update = inner(low) Q^T;  buffer = b - (1 - retain) low Q^T
 
   * Trion is `low_rank(orthogonalize(), rank, retain=0.95)`: the buffer is its momentum.
-  * DCT-AdamW is `low_rank(scale_by_adam_per_index(), rank)`; with `retain=0.0` the buffer is its
-    error feedback.
+  * DCT-AdamW is `low_rank(scale_by_adam_per_index(), rank)`, with `retain=0.0` for error feedback.
   * GaLore is `low_rank(optax.scale_by_adam(), rank, basis="svd", update_every=200)`.
 """
 
