@@ -51,6 +51,10 @@ def convolution_orthogonality(
 
     One product per offset: on CPU, from 64 channels on, 1.4 to 3 times as fast as the convolution
     of the kernel with itself, and its gradient 6 to 70 times (benchmarks/penalties.py).
+    Reference: Wang et al., Orthogonal Convolutional Neural Networks, 2020,
+    <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
+    Scalability of Orthogonal Convolutional Neural Networks, 2021,
+    <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -76,11 +80,6 @@ def convolution_orthogonality(
       >>> shift = jnp.zeros((3, 3, 2, 2)).at[0, 2].set(jnp.eye(2))
       >>> print(convolution_orthogonality(shift), convolution_orthogonality(2 * shift))
       0.0 18.0
-
-    Reference: Wang et al., Orthogonal Convolutional Neural Networks, 2020,
-      <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
-      Scalability of Orthogonal Convolutional Neural Networks, 2021,
-      <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
     """
     call = "convolution_orthogonality"
     check.flag(f"{call}: transposed", transposed)
@@ -97,7 +96,6 @@ def convolution_orthogonality(
     kernel = wide(jnp.asarray(kernel))
     shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)
     kernel = kernel.reshape(shape)
-
     total = jnp.zeros([], kernel.real.dtype)
     for offset, centre, weight in _offsets(geometry, self_padding):
         product = _correlation(kernel, offset)
@@ -135,6 +133,8 @@ def orthogonal_convolution_exists(
     Undilated and with circular padding that is the published condition: M <= C k^2 for rows, S <= k
     for columns. Without padding it rules out columns unless k = S. With "SAME" and stride 1 only a
     kernel with a single tap is orthogonal, which is no convolution.
+    Reference: Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1
+    and propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
 
     Args:
       kernel_size: Taps k; an integer for one spatial axis, or a pair.
@@ -162,9 +162,6 @@ def orthogonal_convolution_exists(
       False
       >>> orthogonal_convolution_exists((3, 3), 4, 2, 32)  # 18 < 32 <= 2 * 4**2
       False
-
-    Reference: Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1
-      and propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
     """
     call = "orthogonal_convolution_exists"
     geometry = convolution.make_geometry(
@@ -208,8 +205,7 @@ def _offsets(
 ) -> list[tuple[tuple[int, ...] | None, bool, int]]:
     """Offsets in taps, whether it is the one for the identity, and how often it counts.
 
-    An offset that no pair of taps has is None. Without self-padding an offset stands for its
-    negative too, whose product is the adjoint.
+    An offset of no pair of taps is None. Without self-padding one stands for its negative too.
     """
     if self_padding is None:
         ranges = []

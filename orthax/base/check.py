@@ -24,8 +24,7 @@ def number(
 ) -> Any:
     """The number that came, or an error unless it is in an interval such as "[0, 1)"; NaN never is.
 
-    `alternative` is what else is accepted and was ruled out already, such as " or a schedule"; a
-    `static` number must be known while tracing.
+    `alternative` is what else was accepted before, such as " or a schedule"; `static`: no tracers.
     """
     if not is_number(x) or (static and isinstance(x, Tracer)):
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 class WithMemory(NamedTuple):
     """A function of an array that carries something from call to call, as a pair of pure functions.
 
-    `orthax.add_penalty` and the measures of `orthax.diagnostics` take one wherever they take a
-    function, and keep its memory in their state.
+    `orthax.add_penalty` and `orthax.diagnostics` take one for a function and keep its memory.
 
     Attributes:
       init: From the array, or a `ShapeDtypeStruct`, to the first memory.

@@ -34,8 +34,7 @@ def orthogonality_error(
       Shape (...,), real, in at least float32. 0 iff orthogonal; in float32, 1e-5 is to rounding.
 
     Raises:
-      ValueError: If `w` has fewer than two axes or `norm` is unknown.
-      TypeError: If `w` is not floating.
+      ValueError: For fewer than two axes or an unknown `norm`; TypeError: if `w` is not floating.
 
     Example:
       >>> print(orthogonality_error(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
@@ -76,6 +75,8 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
     r"""How many directions a matrix uses: squared Frobenius over squared spectral norm.
 
     :math:`\|W\|_F^2 / \|W\|_2^2`, a lower bound on the rank, not changed by small singular values.
+    Reference: Rudelson and Vershynin, Sampling from Large Matrices, 2007,
+    <https://arxiv.org/abs/math/0503442>.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -94,9 +95,6 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
     Example:
       >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))).round(4))
       1.5
-
-    Reference: Rudelson and Vershynin, Sampling from Large Matrices, 2007,
-      <https://arxiv.org/abs/math/0503442>.
     """
     check_matrices("stable_rank", w, "w")
     check.integer("stable_rank: steps", steps)
@@ -111,6 +109,8 @@ def effective_rank(w: jax.Array) -> jax.Array:
     r"""How evenly a matrix uses its directions: exponential of its singular values' entropy.
 
     :math:`\exp(-\sum_i p_i \log p_i)`, :math:`p_i = s_i / \sum_j s_j`: k for k equal values.
+    Reference: Roy and Vetterli, The Effective Rank, 2007,
+    <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -124,9 +124,6 @@ def effective_rank(w: jax.Array) -> jax.Array:
     Example:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
       2.0
-
-    Reference: Roy and Vetterli, The Effective Rank, 2007,
-      <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>.
     """
     check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
@@ -171,8 +168,7 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
       Shape (...,), real; infinite for an update of zero weights, 0 for none.
 
     Raises:
-      ValueError: If either has fewer than two axes, or their shapes differ.
-      TypeError: If either is not floating.
+      ValueError: For fewer than two axes or two shapes; TypeError: if either is not floating.
 
     Example:
       >>> print(update_to_weight_ratio(jnp.full((2, 2), 0.5), jnp.ones((2, 2))))

@@ -34,8 +34,7 @@ def of_updates(
       `optax.monitor` has it after the first update only: under `jax.lax.scan`, `optax.snapshot`.
 
     Raises:
-      TypeError: If `measure` is no function; ValueError: for a leaf whose names leave its axes
-        undecided, or what `measure` raises.
+      TypeError: If `measure` is no function; ValueError: for undecided leaves, or as `measure`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -89,8 +88,7 @@ def of_both(
 
     Args:
       measure: Function of the update and the params before it, both (..., m, n), such as
-        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such functions of the leaves
-        as they are.
+        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such, of leaves as they are.
       dimension_numbers: As in `of_updates`.
 
     Returns:

@@ -152,8 +152,7 @@ def convolution_matrix(
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
       input_size: Height and width of x, or one number for both; x has shape (height, width, in).
       strides: Of the window, one number or one per axis.
-      padding: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), an integer, or one integer or pair
-        per axis, as in `flax.nnx.Conv`.
+      padding: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), or integers or pairs as in Flax.
       dilation: Of the kernel.
       groups: Feature groups.
 
@@ -191,6 +190,8 @@ def convolution_singular_values(
     With circular padding the operator acts on each frequency by itself: a stride of S folds S
     frequencies of the input per axis onto one of the output. That takes one small decomposition per
     frequency of the output. Other paddings decompose `convolution_matrix` and are for small sizes.
+    Reference: Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
+    <https://arxiv.org/abs/1805.10408>.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -213,9 +214,6 @@ def convolution_singular_values(
       >>> kernel = jnp.array([1.0, 1.0]).reshape(2, 1, 1)  # sums of neighbours
       >>> print(convolution_singular_values(kernel, 4).round(3) + 0.0)
       [2.    1.414 1.414 0.   ]
-
-    Reference: Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
-      <https://arxiv.org/abs/1805.10408>.
     """
     call = "convolution_singular_values"
     geometry = geometry_of(call, kernel, strides, dilation, groups)

@@ -88,8 +88,7 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
 def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`unit_max` with a scale that is constant for differentiation.
 
-    What is computed from the quotient and multiplied by the scale again has the right gradient, but
-    no squares of the scale, which could overflow.
+    What is computed from the quotient and scaled back has the right gradient, without overflow.
     """
     x = wide(x)
     scale = lax.stop_gradient(_largest(x, 0.0))
@@ -132,6 +131,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
     By "l2" the chosen columns hold at least the part rank / n of the energy :math:`\|x\|_F^2`, on
     every input. By "l1", the default of the paper's code, they need not: of a column of a hundred
     entries 0.05 and one with a single entry 1, it takes the first, with a fifth of the energy.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -149,8 +149,6 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
     Example:
       >>> print(top_columns(jnp.array([[1.0, -3.0, 2.0, 3.0]]), 2))
       [1 3]
-
-    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
     """
     check_matrices("top_columns", x)
     rank = check.integer("top_columns: rank", rank, f"[1, {x.shape[-1]}]")

@@ -65,6 +65,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
 
     Undoes `householder_product`: `householder_product(v, k)` with the v returned is q. Every
     orthogonal matrix has such a product, also of determinant 1, as a direction may come out zero.
+    Reference: Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
 
     Args:
       q: Orthonormal columns, shape (..., n, k) with k <= n, real floating.
@@ -81,8 +82,6 @@ def householder_vectors(q: jax.Array) -> jax.Array:
       >>> print(householder_product(householder_vectors(rotation)).round(6) + 0.0)
       [[ 0. -1.]
        [ 1.  0.]]
-
-    Reference: Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
     """
     _check_tall("householder_vectors", "q", q)
     if q.size == 0:
@@ -117,6 +116,8 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
 
     :math:`Q(u) \, S \, Q(v)^T` with S having ones on the first k diagonal entries: it maps k
     directions of the input isometrically onto k of the output and the rest to zero.
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    <https://arxiv.org/abs/2307.08012>.
 
     Args:
       u: Reflected directions on the side of the rows, shape (..., m, k).
@@ -134,9 +135,6 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
       >>> print(householder_projector(u, v).round(6) + 0.0)
       [[ 0. -1.]
        [ 0.  0.]]
-
-    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
-      <https://arxiv.org/abs/2307.08012>.
     """
     call = "householder_projector"
     for argument, x in {"u": u, "v": v}.items():

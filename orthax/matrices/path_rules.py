@@ -20,8 +20,7 @@ class PathRules:
     `optax.inject_hyperparams` does not take it for a schedule.
 
     Attributes:
-      rules: Pairs of a regular expression and a value; the first that is found in the path
-        (`re.search`; anchor with `^` and `$`) decides.
+      rules: Pairs of a regular expression and a value; the first found (`re.search`) decides.
       default: Value for a path that no rule matches; `...` leaves it to the default rule.
 
     Example:

@@ -27,8 +27,9 @@ class HouseholderLinear(nnx.Module):
     k, one with a reflection. `from_kernel` gives it the sign of the trained kernel's.
 
     Only the directions count: gradients are orthogonal to them, so they grow under gradient descent
-    and the effective learning rate falls, as with weight normalisation. `orthax.muon` and the other
-    matrix optimizers leave them to the fallback.
+    and the effective learning rate falls. `orthax.muon` and others leave them to the fallback.
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
 
     Attributes:
       input_reflectors: Directions on the side of the inputs, shape (in_features, k); None for a
@@ -58,9 +59,6 @@ class HouseholderLinear(nnx.Module):
       >>> bool(jnp.allclose(kernel.T @ kernel, jnp.eye(3), atol=1e-5))
       True
 
-
-    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
-      <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
     """
 
     def __init__(

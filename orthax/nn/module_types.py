@@ -144,8 +144,7 @@ def _read_shared(
 class _Layout(NamedTuple):
     """How one layer reads its kernel: shapes without stacked axes, and axes of `shape`.
 
-    `sections` are matrices side by side along the last output axis. Where every output reads one
-    channel of its own there `has_matrix` is False.
+    `sections` are matrices along the last output axis; depthwise kernels have no matrix.
     """
 
     shape: tuple[int, ...]

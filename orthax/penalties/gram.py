@@ -13,6 +13,8 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
     r"""Pulls matrices towards orthogonal ones by the squared distance :math:`\|W^T W - I\|_F^2`.
 
     Its gradient is :math:`4 W (W^T W - I)`; value and gradient take two large products.
+    Reference: Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
+    <https://arxiv.org/abs/1810.09102>, equation 2.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Where m < n, rows take the place of
@@ -28,9 +30,6 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
     Example:
       >>> print(soft_orthogonality(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
       9.0
-
-    Reference: Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
-      <https://arxiv.org/abs/1810.09102>, equation 2.
     """
     deviation = _deviation("soft_orthogonality", w)
     return jnp.sum(abs_square(deviation))
@@ -41,6 +40,7 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
 
     :math:`\|W^T W - I_n\|_F^2 + \|W W^T - I_m\|_F^2 - |m - n|`, the last being what the larger Gram
     matrix lacks in rank. It equals twice `soft_orthogonality`, which is how it is computed.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating.
@@ -54,8 +54,6 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
     Example:
       >>> print(double_soft_orthogonality(jnp.array([[2.0, 0.0]])))
       18.0
-
-    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
     """
     check_matrices("double_soft_orthogonality", w, "w")
     # Both sums are of (s^2 - 1)^2 over singular values s; the larger Gram matrix has |m - n|
@@ -67,6 +65,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
     r"""Pulls the two most similar columns apart: :math:`\max |W^T W - I|`, the largest entry.
 
     For columns of unit length that is the largest cosine between two of them: their coherence.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -81,8 +80,6 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
     Example:
       >>> print(mutual_coherence(jnp.array([[1.0, 0.5], [0.0, 1.0]])))
       0.5
-
-    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
     """
     deviation = _deviation("mutual_coherence", w)
     # The magnitudes, with slope zero at zero, where `abs` of a complex number has none.
@@ -103,6 +100,8 @@ def lambda_orthogonality(
     outside: times the strength of the penalty, it must exceed the pull of the data there, or the
     matrix escapes. More than that only slows the optimizer. The distance settles a little below the
     radius; for exactly orthogonal matrices, radius 0, take `orthax.keep_orthogonal`.
+    Reference: Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning,
+    2025, <https://arxiv.org/abs/2509.16664>, equation 6.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -122,9 +121,6 @@ def lambda_orthogonality(
       >>> w = jnp.array([[2.0, 0.0], [0.0, 1.0]])  # 3 from orthogonal
       >>> print(lambda_orthogonality(w, radius=1.0).round(2), lambda_orthogonality(w, 4.0).round(2))
       3.0 0.0
-
-    Reference: Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning,
-      2025, <https://arxiv.org/abs/2509.16664>, equation 6.
     """
     call = "lambda_orthogonality"
     check.number(f"{call}: radius", radius, "[0, inf]")

@@ -18,6 +18,7 @@ def spectral_restricted_isometry(
 
     :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s,
     estimated by power iteration with products with vectors: no Gram matrix.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -37,8 +38,6 @@ def spectral_restricted_isometry(
     Example:
       >>> print(spectral_restricted_isometry(jnp.array([[2.0, 0.0], [0.0, 1.0]])).round(4))
       3.0
-
-    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
     """
     init, apply = _restricted_isometry("spectral_restricted_isometry", steps, squared)
     return apply(w, init(w))[0]

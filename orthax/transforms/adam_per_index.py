@@ -41,6 +41,7 @@ def scale_by_adam_per_index(
     with the age :math:`t_j` of index j, its number of updates since `low_rank` took it in. An index
     that comes late starts with a step of 1, like the first ones; with one count for all, it would
     be :math:`(1 - \beta_1) / \sqrt{1 - \beta_2} = 3.2`. Else it is `optax.scale_by_adam`.
+    Reference: Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -65,8 +66,6 @@ def scale_by_adam_per_index(
       [[ 1. -1.]
        [ 1.  1.]
        [ 0.  1.]]
-
-    Reference: Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
     """
     call = "scale_by_adam_per_index"
     check.number(f"{call}: b1", b1, "[0, 1)")

@@ -15,6 +15,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     With t the quantile of :math:`|M_{ij}|` over the matrix, the update is
     :math:`\mathrm{sign}(M_{ij}) \min(|M_{ij}|, t)`, what soft thresholding at t takes away: a few
     huge entries no longer decide the singular vectors, at any scale of the matrix.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
 
     Args:
       quantile: Part of the entries that stay, in [0, 1]: 1 clips nothing, 0 at the smallest.
@@ -36,8 +37,6 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
       >>> updates, _ = tx.update(outlier, tx.init(outlier))
       >>> print(updates)
       [[ 1. -2.  3. -4.  4.]]
-
-    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
     check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 

@@ -32,6 +32,7 @@ def keep_orthogonal(
         optax.chain(project_tangent(), optax.sgd(0.1, momentum=0.9), keep_orthogonal())
 
     Other params are orthogonal after the first update, if `params + updates` has full rank.
+    Reference: Absil et al., Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
 
     Args:
       method: The retraction, of matrices (..., m, n), commuting with transposition. The default
@@ -56,8 +57,6 @@ def keep_orthogonal(
       >>> print((w + updates).round(3))
       [[ 0.707 -0.707]
        [ 0.707  0.707]]
-
-    Reference: Absil et al., Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
     """
     check.function("keep_orthogonal: method", method)
     return _kept("keep_orthogonal", lambda aim, _: method(aim), share=ALL)
@@ -69,14 +68,15 @@ def project_tangent() -> optax.GradientTransformation:
     :math:`G - W \, \mathrm{sym}(W^T G)` for matrices with orthonormal columns, and :math:`G -
     \mathrm{sym}(G W^T) W` for wide ones with orthonormal rows: the Riemannian gradient. What it
     takes away leads off the manifold and would be undone by `keep_orthogonal`.
+    Reference: Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints,
+    1998, <https://arxiv.org/abs/physics/9806030>.
 
     Returns:
       A stateless transformation, an orthogonal projection; updates keep dtype, shape and sharding.
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: At `update`, without params or for a leaf of fewer than two axes.
-      TypeError: At `update`, for an integer leaf.
+      ValueError: Without params or for fewer than two axes; TypeError: for an integer leaf.
 
     Example:
       >>> tx = project_tangent()
@@ -84,9 +84,6 @@ def project_tangent() -> optax.GradientTransformation:
       >>> print(updates)
       [[ 0. -1.]
        [ 1.  0.]]
-
-    Reference: Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints,
-      1998, <https://arxiv.org/abs/physics/9806030>.
     """
 
     def projected(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -106,6 +103,7 @@ def keep_unit_neurons(
     r"""Keeps the weights of every neuron on a sphere: each column at the same length.
 
     Put it last in the chain, after the learning rate.
+    Reference: Absil, Mahony and Sepulchre, 2008: the oblique manifold.
 
     Args:
       radius: Length of the weights of each neuron, more than 0.
@@ -116,8 +114,7 @@ def keep_unit_neurons(
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: If `radius` is not positive and finite or `axis` is unknown; at `update`, without
-        params or for a leaf of fewer than two axes.
+      ValueError: For a `radius` not in (0, inf), an unknown `axis`, no params, fewer than two axes.
       TypeError: If `radius` is no number; at `update`, for an integer leaf.
 
     Example:
@@ -127,8 +124,6 @@ def keep_unit_neurons(
       >>> print((w + updates).round(3))
       [[0.6 0. ]
        [0.8 1. ]]
-
-    Reference: Absil, Mahony and Sepulchre, 2008: the oblique manifold.
     """
     check.number("keep_unit_neurons: radius", radius, "(0, inf)")
     check.choice("keep_unit_neurons: axis", axis, tuple(_AXES))
@@ -143,8 +138,7 @@ def keep_unit_neurons(
 def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTransformation:
     r"""Keeps every matrix on a sphere: the update ends at the Frobenius norm it started from.
 
-    The constraint of Hyperball optimizers, which need no weight decay. For their relative step,
-    scale the direction by the norm of the weights:
+    The constraint of Hyperball optimizers, which need no weight decay. With their relative step:
 
         optax.chain(orthogonalize(), optax.scale_by_trust_ratio(), optax.sgd(0.02), keep_norm())
 
@@ -158,8 +152,7 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: If `radius` is not positive and finite; at `update`, without params or for a leaf
-        of fewer than two axes.
+      ValueError: For a `radius` not in (0, inf), no params at `update`, or fewer than two axes.
       TypeError: If `radius` is no number; at `update`, for an integer leaf.
 
     Example:

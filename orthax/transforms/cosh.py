@@ -33,6 +33,7 @@ def scale_by_cosh_rms(
     neither slows down for outliers. In "rms" R does: at gamma 1 and 768 x 3072 it is 2.05 for
     normal entries, 7.5 once a single one is 10 times the RMS, 1.6e5 at 20 times and 9e64 for
     Student's t with 3 degrees of freedom. Heavy-tailed momentum nearly stops, or 1 / R underflows.
+    Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
 
     Args:
       gamma: Factor in the cosh, at least 0. The repository's is 1.5.
@@ -53,8 +54,6 @@ def scale_by_cosh_rms(
       >>> updates, _ = scale_by_cosh_rms(mode="code").update(x, optax.EmptyState())
       >>> print(updates.round(1))
       [[ 2.4 -3.2]]
-
-    Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     check.number("scale_by_cosh_rms: gamma", gamma, "[0, inf)")
     check.choice("scale_by_cosh_rms: mode", mode, _MODES)

@@ -18,8 +18,7 @@ class NormalizeNeuronsState(NamedTuple):
     """State of `normalize_neurons`.
 
     Attributes:
-      rms: Root of each neuron's second moment, shape (..., 1, n) for neurons in columns and (...,
-        m, 1) for rows, real; float32 for 16-bit matrices.
+      rms: Root of each neuron's second moment, (..., 1, n) or, in rows, (..., m, 1), real, float32.
     """
 
     rms: optax.Updates
@@ -40,6 +39,7 @@ def normalize_neurons(
     After an exact orthogonalisation of a matrix with fan_out <= fan_in all columns already have
     norm 1 and `axis="output"` changes nothing but what the approximation left uneven: it acts on
     matrices with more neurons than inputs, and `axis="long"` on either kind.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
 
     Args:
       decay: Decay of the second moment, in [0, 1).
@@ -53,8 +53,7 @@ def normalize_neurons(
       Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1), `eps` is negative or `axis` is unknown; at `init` or
-        `update` for a leaf of fewer than two axes.
+      ValueError: For `decay` outside [0, 1), `eps` < 0, an unknown `axis` or fewer than two axes.
       TypeError: If `decay` or `eps` is no number; for an integer leaf.
 
     Example:
@@ -63,8 +62,6 @@ def normalize_neurons(
       >>> updates, _ = tx.update(uneven, tx.init(uneven))
       >>> print((updates / updates.max()).round(3))
       [[1. 1. 0.]]
-
-    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
     """
     check.number("normalize_neurons: decay", decay, "[0, 1)")
     check.number("normalize_neurons: eps", eps, "[0, inf)")

@@ -19,6 +19,8 @@ def orthogonalize(
     r"""Replaces every matrix by its (approximate) orthogonal polar factor.
 
     The steepest descent direction under the spectral norm: singular values 1, the same vectors.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein
+    and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
 
     Args:
       method: Function of matrices (..., m, n) to such of the same shape and dtype; with `stack` it
@@ -46,9 +48,6 @@ def orthogonalize(
       >>> print(abs(updates["w"]).round(3))
       [[0. 1.]
        [1. 0.]]
-
-    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein
-      and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
     """
     check.function("orthogonalize: method", method)
     check.flag("orthogonalize: stack", stack)

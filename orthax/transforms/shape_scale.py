@@ -23,11 +23,10 @@ def scale_by_width() -> optax.GradientTransformation:
     r"""Scales by :math:`\sqrt{\max(1, \text{fan\_out} / \text{fan\_in})}`, as the original Muon.
 
     An orthogonal direction then has entries of RMS :math:`1 / \sqrt{\text{fan\_in}}`.
+    Reference: Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
 
     Returns:
       A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
-
-    Reference: Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
     """
     return _scale_by_shape(
         "scale_by_width", lambda rows, cols: math.sqrt(max(1, cols / max(1, rows)))
@@ -39,12 +38,11 @@ def scale_by_unit_rms() -> optax.GradientTransformation:
 
     An orthogonal direction then has RMS-to-RMS operator norm 1: inputs of unit RMS change the
     outputs by at most unit RMS, so that learning rates carry over between widths.
+    Reference: Bernstein and Newhouse, Old Optimizer, New Norm, 2024,
+    <https://arxiv.org/abs/2409.20325>.
 
     Returns:
       A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
-
-    Reference: Bernstein and Newhouse, Old Optimizer, New Norm, 2024,
-      <https://arxiv.org/abs/2409.20325>.
     """
     return _scale_by_shape("scale_by_unit_rms", lambda rows, cols: math.sqrt(cols / max(1, rows)))
 
@@ -59,6 +57,8 @@ def scale_by_adam_rms(
     learning rates and weight decay then carry over. The norm is taken for granted, not measured: a
     direction of rank k below full has RMS :math:`r \sqrt{k / \min(\text{fan\_in},
     \text{fan\_out})}`; see `scale_to_rms`.
+    Reference: Liu et al., Muon is Scalable for LLM Training, 2025,
+    <https://arxiv.org/abs/2502.16982>, Lemma 1.
 
     Args:
       rms: The RMS r of the result; 0.2 is what Adam's updates have in practice.
@@ -70,9 +70,6 @@ def scale_by_adam_rms(
     Raises:
       ValueError: If `rms` is negative or not finite, or `direction` is unknown.
       TypeError: If `rms` is no number, or `direction` no string.
-
-    Reference: Liu et al., Muon is Scalable for LLM Training, 2025,
-      <https://arxiv.org/abs/2502.16982>, Lemma 1.
     """
     check.number("scale_by_adam_rms: rms", rms, "[0, inf)")
     check.choice("scale_by_adam_rms: direction", direction, _DIRECTIONS)

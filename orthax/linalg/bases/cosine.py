@@ -26,6 +26,7 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
 
     :math:`y_k = s_k \sum_j x_j \cos(\pi k (2j + 1) / 2n)` with :math:`s_0 = \sqrt{1/n}` and
     :math:`s_k = \sqrt{2/n}`, the product with `dct_matrix(n)`. Smooth rows need few coefficients.
+    Reference: Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
 
     Args:
       x: Shape (..., m, n), real or complex floating; the last axis is transformed.
@@ -41,8 +42,6 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     Example:
       >>> print(dct(jnp.ones((1, 4))).round(3))
       [[2. 0. 0. 0.]]
-
-    Reference: Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
     """
     return _transformed("dct", x, method)
 
@@ -58,8 +57,7 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
       Same shape and dtype; 16-bit input is computed in float32.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `method` is unknown.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or an unknown `method`; TypeError: if `x` is not floating.
 
     Example:
       >>> x = jnp.array([[3.0, -1.0, 2.0]])

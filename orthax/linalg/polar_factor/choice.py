@@ -123,8 +123,7 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
       infinity gives NaN. Gradients (`jnp.linalg.svd`'s) are not finite for equal singular values.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `rtol` is negative.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or a negative `rtol`; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp

@@ -45,6 +45,8 @@ def gram_newton_schulz(
 
     Use it in float32: its rounding grows with the steps, and is held in check by restarts, each
     two long products more. In bfloat16 nearly every step needs one, which leaves no gain.
+    Reference: Dao AI Lab, Gram Newton-Schulz, 2026,
+    <https://github.com/Dao-AILab/gram-newton-schulz>.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -70,9 +72,6 @@ def gram_newton_schulz(
       >>> q = gram_newton_schulz(x, coefficients.minimax(8, 1e-3))
       >>> bool(jnp.allclose(q, jnp.eye(2, 3), atol=1e-3))
       True
-
-    Reference: Dao AI Lab, Gram Newton-Schulz, 2026,
-      <https://github.com/Dao-AILab/gram-newton-schulz>.
     """
     check_matrices("gram_newton_schulz", x)
     check_iteration("gram_newton_schulz", dtype, eps)

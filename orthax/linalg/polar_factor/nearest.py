@@ -31,6 +31,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
     singular value from 1. A nearly orthogonal matrix needs one or two, of three products. Others
     are divided by their Schatten-4 norm first and take more, about four for every factor of ten
     between their largest and smallest singular value.
+    Reference: Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration).
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -48,8 +49,6 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
       >>> print(nearest_orthogonal(jnp.array([[3.0, 0.0], [0.0, -0.1]])).round(6))
       [[ 1.  0.]
        [ 0. -1.]]
-
-    Reference: Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration).
     """
     check_matrices("nearest_orthogonal", x)
     if x.size == 0:

@@ -54,6 +54,8 @@ def for_shape(
     No singular value in [0, 1] ends above 1.3, and none beyond the first row's crest below 0.7,
     even (0.69) if every step is off by 1 % of its largest value: bfloat16 was seen to be 0.7 % off.
     There is no safety factor. All steps but the last map [0, 1] into itself.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for coefficients by shape
+    (AdaNewton); the spectrum, the constraints and the fit are not from there.
 
     Args:
       m: Size of one side.
@@ -87,9 +89,6 @@ def for_shape(
       >>> likely = np.linspace(0.5, 1.5, 101) / 512**0.5
       >>> bool(np.all(abs(scalar_map(table, likely) - 1) < 0.01))
       True
-
-    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for coefficients by shape
-      (AdaNewton); the spectrum, the constraints and the fit are not from there.
     """
     short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
     steps = check.integer("for_shape: steps", steps)

@@ -57,6 +57,8 @@ def minimax(
 
     Each step takes the best odd quintic for the interval that the steps before leave; no other
     table of as many steps comes nearer to 1 (Polar Express, Theorem 3.1). Computed in float64.
+    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>,
+    Algorithm 1 and Appendix G.
 
     Args:
       steps: Number of rows, at least 1.
@@ -78,15 +80,11 @@ def minimax(
       >>> s = np.geomspace(1e-3, 1, 1000)
       >>> round(float(abs(scalar_map(table, s) - 1).max()), 3)
       0.113
-
-    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>,
-      Algorithm 1 and Appendix G.
     """
     steps = check.integer("minimax: steps", steps)
     check.number("minimax: lower", lower, "(0, 1)", static=True)
     check.number("minimax: cushion", cushion, "[0, 1)", static=True)
     check.number("minimax: safety", safety, "[1, inf)", static=True)
-
     powers = np.array([1, 3, 5])
     rows = []
     low, high = float(lower), 1.0

@@ -109,6 +109,8 @@ def zolotarev(
     With :math:`R = X X^T` of the shorter side and X divided by its Schatten-4 norm (the root of
     R's Frobenius norm), a pass returns :math:`M (I + \sum_j a_j (R + t_j I)^{-1}) X`. It maps a
     singular value s to :math:`M s (1 + \sum_j a_j / (s^2 + t_j))`, Zolotarev's function.
+    Reference: Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via
+    the matrix sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -141,9 +143,6 @@ def zolotarev(
       >>> q = zolotarev(jnp.diag(jnp.array([3.0, 1e-5])), 4, passes=2)
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
-
-    Reference: Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via
-      the matrix sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
     """
     check_matrices("zolotarev", x)
     degree = check.integer("zolotarev: degree", degree)

@@ -30,8 +30,7 @@ def move_inner_state(
 ) -> Any:
     """Moves every leaf of the state of `inner` that depends on the subspace, from old to new ones.
 
-    `frames`, `old` and `new` are trees in the structure of the params. At the `start`, before there
-    were any subspaces, the state stays as it is.
+    `frames`, `old`, `new` are trees like the params. At the `start` the state stays as it is.
     """
 
     def moved(leaf: _Leaf, frame: Frame, old: Any, new: Any) -> Any:

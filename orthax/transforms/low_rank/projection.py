@@ -71,6 +71,9 @@ def low_rank(
     change: in a fixed basis, the entries of kept indices move along and those of new ones start at
     zero; in "svd" and "subspace", first moments are rotated, and second moments by the squares, so
     that none turns negative (a moment of unknown name with no negative entry counts as second).
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from
+    Ahn et al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et
+    al., GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
 
     Args:
       inner: Transformation whose state follows the shape of the updates, or is one scalar for all:
@@ -117,10 +120,6 @@ def low_rank(
       >>> print(state.residuals)
       [[1. 2.]
        [0. 0.]]
-
-    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>; the retained momentum from
-      Ahn et al., Dion, 2025, <https://arxiv.org/abs/2504.05295>; projected moments from Zhao et
-      al., GaLore, 2024, <https://arxiv.org/abs/2403.03507>.
     """
     check.transformation("low_rank: inner", inner)
     check_rank(rank)
@@ -135,7 +134,6 @@ def low_rank(
     bits = BITS.get(buffer_dtype) if isinstance(buffer_dtype, str) else None
     sees_params = not isinstance(inner, EachMatrix) or inner.needs_params
     inner = optax.with_extra_args_support(inner)
-
     kind = Kind(basis, ranking, seed)
 
     def save(

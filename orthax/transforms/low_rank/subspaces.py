@@ -117,8 +117,7 @@ class Stored(Selection):
 class Adaptive:
     """Columns that follow the matrix.
 
-    `refresh` maps x and the old ones to new orthonormal ones, (..., n, r); `key` is that of the
-    random ones to start from.
+    `refresh` maps x and old ones to new ones, (..., n, r); `key` is of random ones to start from.
     """
 
     refresh: Callable[[jax.Array, jax.Array], jax.Array]
