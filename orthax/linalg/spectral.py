@@ -68,7 +68,6 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     # to them: so nothing flows back through the iteration, and it needs no memory for that.
     scaled, scale = constant_unit_max(x)
     start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
-
     fixed = lax.stop_gradient(scaled)
     v = power_iteration(lambda v: _times(fixed.mT.conj(), _times(fixed, v)), start, steps - 1)
     image = _times(fixed, v)

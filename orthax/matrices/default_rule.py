@@ -53,7 +53,6 @@ def default_rule(path: Path, shapes: Shapes) -> tuple[DimensionNumbers | None, s
         return None, "fewer than two axes"
     if not any(isinstance(part, str) for part in path):
         return DimensionNumbers(-2, -1), "no name: the last two axes"
-
     leaf, parent = str(path[-1]), next((p for p in path[-2::-1] if isinstance(p, str)), "")
     if excluded := _never_a_matrix(path, leaf, parent):
         return None, excluded

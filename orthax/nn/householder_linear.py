@@ -20,8 +20,7 @@ class HouseholderLinear(nnx.Module):
     kernel is built from Householder reflections (`orthax.linalg.householder_product`), whose
     directions are the parameters: no penalty or projection is needed. Without `rank` it has
     orthonormal columns, or rows where there are more outputs than inputs. With `rank` it is the
-    low-rank orthogonal projector: k directions of the input are carried isometrically onto k of the
-    output, and the rest to zero.
+    low-rank orthogonal projector: k directions are carried isometrically, the rest to zero.
 
     A square kernel of full rank keeps its determinant, :math:`(-1)^k`: it is a rotation or, for odd
     k, one with a reflection. `from_kernel` gives it the sign of the trained kernel's.

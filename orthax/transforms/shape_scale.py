@@ -1,7 +1,7 @@
 """Shape scales: the factor between an orthogonal direction and an update of a useful size.
 
-For a matrix of fan_in rows and fan_out columns, as in `x @ W`. Names say what is matched, since the
-field uses the word "spectral" for three of these.
+For matrices of fan_in rows and fan_out columns, as in `x @ W`. Names say what is matched: the field
+calls three of these "spectral".
 """
 
 import math

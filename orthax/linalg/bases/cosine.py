@@ -70,8 +70,7 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
 def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix of the orthonormal DCT-II, by which `dct` multiplies.
 
-    Its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of k half periods.
-    Entries are exact to the rounding of `dtype`.
+    Its transpose is that of `idct`. Column k is a cosine of k half periods, exact to rounding.
 
     Args:
       n: Length of a row, at most 32768.

@@ -54,8 +54,8 @@ def gram_newton_schulz(
       restarts: Steps (0 is the first) before which Q is applied to X and R formed anew, increasing.
         None: as few as keep what rounding does below 2e-2 of any singular value.
       dtype: As in `newton_schulz`, of the long products; the others are in at least float32.
-      precision: Passed to `jnp.matmul` for the long products. None: "highest" for the Gram matrix,
-        whose rounding the restarts are chosen for, and the backend's default for the other.
+      precision: Of the long products, for `jnp.matmul`. None: "highest" for the Gram matrix, whose
+        rounding the restarts are chosen for, and the backend's default for the other.
       eps: As in `newton_schulz`.
 
     Returns:
