@@ -1,7 +1,7 @@
 r"""Orthogonality of convolutions: the penalty L_orth of a kernel, and when it can be zero at all.
 
-A convolution is orthogonal if its matrix, from images to outputs, has orthonormal rows or columns.
-The kernel as a matrix says little about that; `orthax.linalg.convolution_singular_values` does.
+A convolution is orthogonal if its matrix, from images to outputs, has orthonormal rows or columns;
+the kernel as a matrix says little about that.
 """
 
 import itertools
@@ -13,15 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from orthax.base import check
-from orthax.linalg.convolution import (
-    Geometry,
-    Padding,
-    check_circle,
-    geometry_of,
-    make_geometry,
-    pads_of,
-    per_axis,
-)
+from orthax.linalg import convolution
 from orthax.linalg.elementary import abs_square, less_identity, wide
 
 __all__ = ["convolution_orthogonality", "orthogonal_convolution_exists"]
@@ -43,8 +35,8 @@ def convolution_orthogonality(
     r"""Penalty L_orth on a convolution kernel: how far the layer is from orthogonal.
 
     Take a layer with C channels in and M out, stride S and k by k taps (the extent, if dilated) on
-    circularly padded images, with N by N outputs per channel. Let A be its matrix, from all inputs
-    to all outputs. At any input size, from N S >= 2 k - 1 on:
+    circularly padded images, with N by N outputs per channel, and its matrix A from all inputs to
+    all outputs. At any input size, from N S >= 2 k - 1 on:
 
     - row case, M <= C S^2, no more outputs than inputs: the penalty is
       :math:`\|A A^T - I\|_F^2 / N^2`, zero iff the rows of A are orthonormal;
@@ -55,11 +47,14 @@ def convolution_orthogonality(
     itself moved by d. In the column case, where rows are too many to be orthonormal, the least L is
     M - C S^2, and that is taken off. A penalty of P confines all singular values of A to
     :math:`[\sqrt{1 - e}, \sqrt{1 + e}]`, :math:`e^2 = a P`, with a = M (2 floor((k - 1) / S) + 1)^2
-    in the row case and C (2 k - 1)^2 in the column case. (With one spatial axis, read all these
-    squares of sizes as first powers.)
+    in the row case and C (2 k - 1)^2 in the column case (first powers, with one spatial axis).
 
-    One matrix product per offset: on CPU, from 64 channels on, 1.4 to 3 times as fast as the
-    convolution of the kernel with itself, and its gradient 6 to 70 times (benchmarks/penalties.py).
+    One product per offset: on CPU, from 64 channels on, 1.4 to 3 times as fast as the convolution
+    of the kernel with itself, and its gradient 6 to 70 times (benchmarks/penalties.py).
+    Reference: Wang et al., Orthogonal Convolutional Neural Networks, 2020,
+    <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
+    Scalability of Orthogonal Convolutional Neural Networks, 2021,
+    <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -67,16 +62,14 @@ def convolution_orthogonality(
       dilation: Of the kernel.
       groups: Feature groups; the sum over groups is taken.
       transposed: Whether the layer is `flax.nnx.ConvTranspose`, whose kernel has inputs and outputs
-        the other way round. (With its `transpose_kernel=True` it has not: leave this False.)
+        the other way round, unless `transpose_kernel=True`.
       self_padding: None for the above. A number pads the kernel with as many zeros on every side
-        when it is convolved with itself, and no constant is taken off: k // 2 is what the code of
-        Wang et al. does. Larger offsets are left out, so it is zero for some layers that are not
-        orthogonal.
+        when it is convolved with itself, and no constant is taken off: k // 2 is Wang et al.'s
+        code. Larger offsets are left out: zero for some layers that are not orthogonal.
 
     Returns:
       Scalar, float32 for 16-bit input, else the precision of the kernel; at least 0 but for
-      rounding, and 0 iff the layer is orthogonal. `orthogonal_convolution_exists` tells
-      whether it can be.
+      rounding, and 0 iff the layer is orthogonal: see `orthogonal_convolution_exists`.
 
     Raises:
       ValueError: If the kernel has another rank, `groups` does not divide its outputs or is more
@@ -87,18 +80,15 @@ def convolution_orthogonality(
       >>> shift = jnp.zeros((3, 3, 2, 2)).at[0, 2].set(jnp.eye(2))
       >>> print(convolution_orthogonality(shift), convolution_orthogonality(2 * shift))
       0.0 18.0
-
-    Reference:
-      Wang et al., Orthogonal Convolutional Neural Networks, 2020,
-      <https://arxiv.org/abs/1911.12207>; Achour, Malgouyres and Mamalet, Existence, Stability and
-      Scalability of Orthogonal Convolutional Neural Networks, 2021,
-      <https://arxiv.org/abs/2108.05623>, definition 3 and theorems 2 to 4.
     """
     call = "convolution_orthogonality"
     check.flag(f"{call}: transposed", transposed)
     if transposed and getattr(kernel, "ndim", 0) > 1:
-        kernel = _exchange_channels(call, kernel, groups)
-    geometry = geometry_of(call, kernel, strides, dilation, groups)
+        if groups != 1:
+            raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
+        # The kernel of the convolution whose transpose is the layer, but for a reflection.
+        kernel = jnp.swapaxes(kernel, -1, -2)
+    geometry = convolution.geometry_of(call, kernel, strides, dilation, groups)
     if self_padding is not None:
         check.integer(f"{call}: self_padding", self_padding, "[0, inf)")
     # A A^T consists of one M by M block for every pair of output positions, which depends on their
@@ -106,7 +96,6 @@ def convolution_orthogonality(
     kernel = wide(jnp.asarray(kernel))
     shape = (*geometry.kernel_size, geometry.inputs, geometry.groups, geometry.outputs)
     kernel = kernel.reshape(shape)
-
     total = jnp.zeros([], kernel.real.dtype)
     for offset, centre, weight in _offsets(geometry, self_padding):
         product = _correlation(kernel, offset)
@@ -127,7 +116,7 @@ def orthogonal_convolution_exists(
     in_channels: int,
     out_channels: int,
     *,
-    padding: Padding = "CIRCULAR",
+    padding: convolution.Padding = "CIRCULAR",
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     input_size: int | tuple[int, ...] | None = None,
@@ -143,28 +132,28 @@ def orthogonal_convolution_exists(
 
     Undilated and with circular padding that is the published condition: M <= C k^2 for rows, S <= k
     for columns. Without padding it rules out columns unless k = S. With "SAME" and stride 1 only a
-    kernel with a single tap is orthogonal: the answer is True, but it is no convolution.
+    kernel with a single tap is orthogonal, which is no convolution.
+    Reference: Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1
+    and propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
 
     Args:
       kernel_size: Taps k; an integer for one spatial axis, or a pair.
       strides: S, one number or one per axis.
       in_channels: C, of all groups.
       out_channels: M, of all groups.
-      padding: As in `flax.nnx.Conv`: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), an integer,
-        or one integer or pair per axis.
+      padding: As in `flax.nnx.Conv`; see `orthax.linalg.convolution_matrix`.
       dilation: Of the kernel.
       groups: Feature groups.
       input_size: Height and width of the input, where "SAME" or leftover inputs depend on it; with
         circular padding, multiples of the strides. None: the windows end with the (padded) input.
-        In either case the input counts as long: several times the kernel.
+        It counts as long: several times the kernel.
 
     Returns:
       A Python bool.
 
     Raises:
       ValueError: For an unknown padding, groups that do not divide the channels, or sizes that are
-        less than 1 or do not fit the number of axes.
-      TypeError: For sizes that are no integers.
+        less than 1 or do not fit the number of axes; TypeError: for sizes that are no integers.
 
     Example:
       >>> orthogonal_convolution_exists((3, 3), 1, 16, 32)
@@ -173,20 +162,18 @@ def orthogonal_convolution_exists(
       False
       >>> orthogonal_convolution_exists((3, 3), 4, 2, 32)  # 18 < 32 <= 2 * 4**2
       False
-
-    Reference:
-      Achour, Malgouyres and Mamalet, 2021, <https://arxiv.org/abs/2108.05623>, theorem 1 and
-      propositions 1 and 2. The condition for strides, dilation and any padding is derived here.
     """
     call = "orthogonal_convolution_exists"
-    geometry = make_geometry(
+    geometry = convolution.make_geometry(
         call, kernel_size, strides, dilation, groups, in_channels, out_channels
     )
     axes = len(geometry.kernel_size)
-    size = None if input_size is None else per_axis(call, "input_size", input_size, axes)
-    pads = pads_of(call, padding, geometry, size)
+    size = (
+        None if input_size is None else convolution.per_axis(call, "input_size", input_size, axes)
+    )
+    pads = convolution.pads_of(call, padding, geometry, size)
     if pads is None and size is not None:
-        check_circle(call, geometry, size)
+        convolution.check_circle(call, geometry, size)
     lengths: Any = (None,) * axes if size is None else size
     by_rows, by_columns = [], []
     for axis in range(axes):
@@ -197,8 +184,7 @@ def orthogonal_convolution_exists(
             low, high = pads[axis]
             if lengths[axis] is not None:
                 high -= (lengths[axis] + low + high - last - 1) % s
-            # The first window loses the taps over the `low` zeros before the image, the last one
-            # those over the `high` zeros after it.
+            # The first window loses taps over `low` zeros before the image, the last over `high`.
             rows = range(low, last - max(high, 0) + 1)
             # Windows start at every s-th entry of the padded image, from its first. So the first s
             # pixels are met by taps up to low + s - 1 only, and the last s likewise.
@@ -222,12 +208,11 @@ def _exchange_channels(call: str, kernel: jax.Array, groups: int) -> jax.Array:
 
 
 def _offsets(
-    geometry: Geometry, self_padding: int | None
+    geometry: convolution.Geometry, self_padding: int | None
 ) -> list[tuple[tuple[int, ...] | None, bool, int]]:
     """Offsets in taps, whether it is the one for the identity, and how often it counts.
 
-    An offset that no pair of taps has is None. Without self-padding an offset stands for its
-    negative too, whose product is the adjoint.
+    An offset of no pair of taps is None. Without self-padding one stands for its negative too.
     """
     if self_padding is None:
         ranges = []

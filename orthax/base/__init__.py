@@ -1,7 +1,5 @@
 """What JAX asks of every function and transformation, answered once.
 
-* `check`: arguments of a call. * `leaves`: paths, floating matrices, dtypes that stay.
-* `meshes`: arrays on Explicit and Auto mesh axes.
-* `each_matrix`: from a function of one matrix to a transformation of trees.
-* `with_memory`: functions that carry something from call to call.
+* `check`: arguments of a call. * `leaves`: paths, floating matrices, dtypes that stay, meshes.
+* `each_matrix`: functions of a matrix as transformations. * `with_memory`: functions with state.
 """

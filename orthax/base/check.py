@@ -19,9 +19,9 @@ NUMBER = (int, float, np.number, np.ndarray, jax.Array)  # a tracer is a `jax.Ar
 
 
 def number(
-    where: str, x: Any, interval: str, *, alternative: str = "", static: bool = False
+    where: str, x: object, interval: str, *, alternative: str = "", static: bool = False
 ) -> Any:
-    """The number that came, or an error unless it lies in an interval such as "[0, 1)".
+    """The number that came, or an error unless it is in an interval such as "[0, 1)"; NaN never is.
 
     Args:
       where: "call: argument".
@@ -37,7 +37,7 @@ def number(
     return float(x) if static else x
 
 
-def integer(where: str, x: Any, interval: str = "[1, inf)") -> int:
+def integer(where: str, x: object, interval: str = "[1, inf)") -> int:
     """The integer that came, of Python or NumPy, or an error unless it lies in the interval."""
     accepted = f"an integer in {interval}"
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
@@ -47,7 +47,7 @@ def integer(where: str, x: Any, interval: str = "[1, inf)") -> int:
     return int(x)
 
 
-def choice(where: str, x: Any, options: Sequence[str]) -> None:
+def choice(where: str, x: object, options: Sequence[str]) -> None:
     """Raises unless `x` is one of some words."""
     accepted = "one of " + ", ".join(map(repr, options))
     if not isinstance(x, str):
@@ -56,13 +56,13 @@ def choice(where: str, x: Any, options: Sequence[str]) -> None:
         _refuse(ValueError, where, accepted, x)
 
 
-def flag(where: str, x: Any) -> None:
+def flag(where: str, x: object) -> None:
     """Raises unless `x` is True or False."""
     if not isinstance(x, (bool, np.bool_)):
         _refuse(TypeError, where, "True or False", x)
 
 
-def number_or_schedule(where: str, x: Any, interval: str) -> Any:
+def number_or_schedule(where: str, x: object, interval: str) -> Any:
     """The number or schedule, a function of the count, that came, or an error."""
     return x if callable(x) else number(where, x, interval, alternative=" or a schedule")
 
@@ -75,7 +75,7 @@ def function(
         _refuse(TypeError, where, accepted, x)
 
 
-def transformation(where: str, x: Any) -> None:
+def transformation(where: str, x: object) -> None:
     """Raises unless `x` is an optax transformation."""
     if not is_transformation(x):
         _refuse(TypeError, where, "an optax transformation, such as optax.identity()", x)
@@ -110,7 +110,7 @@ def floating_dtype(
         _refuse(ValueError, where, accepted, x)
 
 
-def is_number(x: Any) -> TypeGuard[Any]:
+def is_number(x: object) -> TypeGuard[Any]:
     """Whether `x` is one real number: of Python, NumPy or JAX, or a tracer of one; True is none."""
     if not isinstance(x, NUMBER) or isinstance(x, bool) or np.ndim(x):
         return False
@@ -120,12 +120,12 @@ def is_number(x: Any) -> TypeGuard[Any]:
     return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
-def is_transformation(x: Any) -> TypeGuard[optax.GradientTransformation]:
+def is_transformation(x: object) -> TypeGuard[optax.GradientTransformation]:
     """Whether `x` is a transformation: any object with `init` and `update`."""
     return hasattr(x, "init") and hasattr(x, "update")
 
 
-def _refuse(kind: Callable[[str], Exception], where: str, accepted: str, x: Any) -> NoReturn:
+def _refuse(kind: Callable[[str], Exception], where: str, accepted: str, x: object) -> NoReturn:
     # What inject_hyperparams turns into an array is no longer a word or an integer.
     hint = ""
     if isinstance(x, jax.Array) and "number" not in accepted:

@@ -1,9 +1,8 @@
 """From a function of one matrix to a transformation of trees of matrices, in one place.
 
-`each_matrix` is what most of `orthax.transforms` is made of. It checks leaves, runs the function on
-meshes, gives results the dtypes and shardings of what came, and calls the function once per stack
-of equal shapes where that pays: a model has few shapes and many layers, and stacks make a compiled
-program as large as the number of shapes.
+`each_matrix` checks leaves, runs the function on meshes, gives results the dtypes and shardings of
+what came, and calls the function once per stack of equal shapes where that pays: a model has few
+shapes and many layers, and stacks make a compiled program as large as the number of shapes.
 """
 
 import functools
@@ -43,20 +42,12 @@ MAX_STACK = 256
 """Matrices in one stack, unless a single array holds more."""
 
 MAPPED_BACKENDS = ("cpu",)
-"""Backends on which a stack is mapped over, one matrix after the other, instead of batched.
-
-On CPU one matrix fills the cores and a mapped one stays in the cache (benchmarks/stacking.py).
-"""
+"""Backends where a stack is mapped over, one matrix after the other, instead of batched: on CPU one
+matrix fills the cores and stays in the cache (benchmarks/stacking.py)."""
 
 
 class EachMatrix(optax.GradientTransformation):
-    """A transformation that treats every matrix of a tree alone; made by `each_matrix`.
-
-    Attributes:
-      call: Name of the public function that made it.
-      step: The function of one matrix, its state and, if `needs_params`, its params.
-      needs_params: Whether `step` takes the params, last.
-    """
+    """A transformation that treats every matrix of a tree alone; made by `each_matrix`."""
 
     call: str
     step: Callable[..., Any]
@@ -81,10 +72,9 @@ def each_matrix(
 
     Args:
       call: Name of the public function, for error messages.
-      step: Function of matrices (..., m, n) to their update, of the same shape, that takes each
-        matrix by itself. With a state: of matrices and what the state holds for them, to a tuple of
-        their update and the new state. Results are cast to the dtypes of what came. Leaves without
-        entries are not passed.
+      step: Function of matrices (..., m, n) to their update, of the same shape and each by itself;
+        with a state, of matrices and what the state holds for them to (update, *new state). Results
+        are cast to the dtypes of what came. Leaves without entries are not passed.
       share: Entries up to which leaves of one shape share a stack: NONE, SMALL, or ALL. More than
         NONE asks that `step` commutes with transposition and keeps no state.
       needs_params: Whether `step` takes the params, after the state.
@@ -251,8 +241,8 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
     """Cuts a stack into consecutive parts.
 
     XLA compiles equal kernels once, but a slice's offset is part of its kernel: on CPU 192 slices
-    take 3.7 s to compile, and 0.1 s when the offsets are data. A conditional with two equal
-    branches is what keeps the compiler from seeing them as constants.
+    take 3.7 s to compile, 0.1 s if the offsets are data. A conditional with two equal branches
+    keeps the compiler from seeing them as constants.
     """
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     if jax.default_backend() != "cpu" or len(sizes) < 8:
@@ -267,12 +257,6 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
         jax.lax.dynamic_slice(stack, (begin, zero, zero), (n, *stack.shape[1:]))
         for begin, n in zip(begins, sizes, strict=True)
     ]
-
-
-def _map_or_batch(fun: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
-    if jax.default_backend() in MAPPED_BACKENDS:
-        return map_in_place(fun, *stacks)
-    return fun(*stacks)
 
 
 def map_in_place(fun: Callable[..., jax.Array], stack: jax.Array, *rest: jax.Array) -> jax.Array:

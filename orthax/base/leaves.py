@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
 Path = tuple[str | int, ...]
 """Components of a leaf's path; integers are positions in lists and tuples."""
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: KeyPath) -> Path:
     """The components of a JAX key path, without the `.value` of boxes and NNX variables."""
     return tuple(_component(key) for at, key in enumerate(keys) if not _is_box(keys, at))
 
@@ -27,28 +28,28 @@ def joined(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def path_text(keys: tuple[Any, ...]) -> str:
+def path_text(keys: KeyPath) -> str:
     """A JAX key path as rules and error messages show it."""
     return joined(path_of(keys))
 
 
-def paths_of(tree: Any) -> tuple[list[Path], list[str]]:
+def paths_of(tree: optax.Params) -> tuple[list[Path], list[str]]:
     """The paths of all leaves, in the order of `jax.tree.leaves`, and the same as text."""
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return paths, [joined(path) for path in paths]
 
 
-def _is_box(keys: tuple[Any, ...], at: int) -> bool:
+def _is_box(keys: KeyPath, at: int) -> bool:
     """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
 
-    Other attributes of this name belong to the model, such as the value projection of attention.
+    Other attributes of this name belong to the model, such as attention's value projection.
     """
     if getattr(keys[at], "name", None) != "value":
         return False
     return at == len(keys) - 1 or (at > 0 and not hasattr(keys[at - 1], "name"))
 
 
-def _component(key: Any) -> str | int:
+def _component(key: object) -> str | int:
     # Keys of dicts, of attributes and of sequences keep their value under different names.
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
@@ -60,7 +61,7 @@ def _component(key: Any) -> str | int:
 # --- checks
 
 
-def check_matrix_leaves(call: str, tree: Any) -> None:
+def check_matrix_leaves(call: str, tree: optax.Params) -> None:
     """Raises, naming the leaf, unless all leaves are floating matrices, shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         check_array(call, leaf, f"'{path_text(keys)}'")
@@ -71,7 +72,7 @@ def check_matrix_leaves(call: str, tree: Any) -> None:
             )
 
 
-def matrix_leaves(call: str, tree: Any) -> tuple[list[Any], list["Place"], Any]:
+def matrix_leaves(call: str, tree: optax.Params) -> tuple[list[Any], list["Place"], Any]:
     """The leaves of a tree of matrices, checked, the place of each, and the tree's structure."""
     check_matrix_leaves(call, tree)
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -83,9 +84,8 @@ def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.in
     """Raises unless `x` is an array of floating matrices (of a kind), shape (..., m, n)."""
     check_array(call, x, argument, kind=kind)
     if x.ndim < 2:
-        raise ValueError(
-            f"{call}: {argument} has shape {x.shape}; matrices need at least two axes."
-        )
+        has = f"{argument} has shape {x.shape}"
+        raise ValueError(f"{call}: {has}; matrices need at least two axes.")
 
 
 def check_array(call: str, x: Any, argument: str, *, kind: Any = jnp.inexact) -> None:
@@ -97,7 +97,7 @@ def check_array(call: str, x: Any, argument: str, *, kind: Any = jnp.inexact) ->
         raise TypeError(f"{call}: {argument} has dtype {x.dtype}; it must be {accepted}.")
 
 
-def check_params(call: str, x: Any) -> None:
+def check_params(call: str, x: optax.Params | None) -> None:
     """Raises a `ValueError` if the params that a transformation needs are missing."""
     if x is None:
         raise ValueError(f"{call}: update needs params: call update(updates, state, params).")
@@ -125,7 +125,7 @@ def needs_params(call: str, inner: optax.GradientTransformation) -> optax.Gradie
     return optax.GradientTransformation(inner.init, update)
 
 
-def is_masked(x: Any) -> bool:
+def is_masked(x: object) -> bool:
     """Whether `x` stands for a leaf that a partition or mask took away."""
     return isinstance(x, optax.MaskedNode)
 
@@ -183,13 +183,7 @@ def _in_dtype_of(x: Any, old: Any) -> Any:
 
 
 class Place(NamedTuple):
-    """Where an array lies, in a tree and on a mesh.
-
-    Attributes:
-      path: Components joined by `/`.
-      sharding: On Explicit mesh axes; None elsewhere.
-      on_auto_axes: Whether it lies on Auto axes.
-    """
+    """Where an array lies: its path, its sharding on Explicit mesh axes, whether on Auto axes."""
 
     path: str
     sharding: NamedSharding | None
@@ -223,7 +217,7 @@ def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
     return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
 
 
-def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
+def replicate_beside(x: jax.Array, like: object) -> jax.Array:
     """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
     if isinstance(like, Tracer):
         sharding, put = explicit_sharding(like), jax.sharding.reshard
@@ -237,9 +231,7 @@ def replicate_beside(x: jax.Array, like: Any) -> jax.Array:
 def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """`fun` run on Explicit axes as if they were Auto, with its results laid out as told.
 
-    Args:
-      fun: Function of arrays, or trees of them.
-      out_sharding: The results' shardings, in their structure; None if there are no Explicit axes.
+    `out_sharding` has the structure of the results; it is None if there are no Explicit axes.
     """
     if out_sharding is None:
         return fun

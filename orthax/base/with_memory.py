@@ -9,8 +9,7 @@ from orthax.base import check
 class WithMemory(NamedTuple):
     """A function of an array that carries something from call to call, as a pair of pure functions.
 
-    `orthax.add_penalty` and the measures of `orthax.diagnostics` take one wherever they take a
-    function, and keep its memory in their state.
+    `orthax.add_penalty` and `orthax.diagnostics` take one for a function and keep its memory.
 
     Attributes:
       init: From the array, or a `ShapeDtypeStruct`, to the first memory.
@@ -19,12 +18,10 @@ class WithMemory(NamedTuple):
     Example:
       >>> import jax.numpy as jnp
       >>> from orthax.diagnostics import warm_spectral_norm
-      >>> init, apply = warm_spectral_norm()
-      >>> w, memory = jnp.diag(jnp.array([2.0, 1.0])), None
-      >>> memory = init(w)
-      >>> for _ in range(8):
-      ...     norm, memory = apply(w, memory)
-      >>> print(norm.round(3))
+      >>> init, apply = warm_spectral_norm(steps=8)
+      >>> w = jnp.diag(jnp.array([2.0, 1.0]))
+      >>> norm, memory = apply(w, init(w))
+      >>> print(norm.round(3))  # the next call takes `memory`
       2.0
     """
 

@@ -32,12 +32,10 @@ def orthogonality_error(
         :math:`|s^2 - 1|`, exactly, for the eigenvalues of the Gram matrix as well.
 
     Returns:
-      Shape (...,), real; float32 for 16-bit input, else the precision of `w`. 0 iff orthogonal; in
-      float32, 1e-5 is orthogonal to rounding.
+      Shape (...,), real, in at least float32. 0 iff orthogonal; in float32, 1e-5 is to rounding.
 
     Raises:
-      ValueError: If `w` has fewer than two axes or `norm` is unknown.
-      TypeError: If `w` is not floating.
+      ValueError: For fewer than two axes or an unknown `norm`; TypeError: if `w` is not floating.
 
     Example:
       >>> print(orthogonality_error(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
@@ -63,8 +61,7 @@ def singular_values(w: jax.Array) -> jax.Array:
       Shape (..., min(m, n)), real; float32 for 16-bit input, else the precision of `w`.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])))
@@ -78,15 +75,16 @@ def singular_values(w: jax.Array) -> jax.Array:
 def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
     r"""How many directions a matrix uses: squared Frobenius over squared spectral norm.
 
-    :math:`\|W\|_F^2 / \|W\|_2^2` is a lower bound on the rank that small singular values do not
-    change.
+    :math:`\|W\|_F^2 / \|W\|_2^2`, a lower bound on the rank, not changed by small singular values.
+    Reference: Rudelson and Vershynin, Sampling from Large Matrices, 2007,
+    <https://arxiv.org/abs/math/0503442>.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
       steps: Steps of the power iteration for the spectral norm, see `orthax.linalg.spectral_norm`.
         The norm is never overestimated, so the stable rank is never underestimated: for Gaussian
-        matrices by 2 % and at most 11 % after 30 steps, 0.1 % and at most 3 % after 100, and by
-        nothing where a singular value stands out.
+        matrices by 2 % (at most 11 %) after 30 steps and 0.1 % (at most 3 %) after 100, by nothing
+        where a singular value stands out.
 
     Returns:
       Shape (...,), real, between 1 and min(m, n) but for that error; 0 for a zero matrix.
@@ -98,10 +96,6 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
     Example:
       >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))).round(4))
       1.5
-
-    Reference:
-      Rudelson and Vershynin, Sampling from Large Matrices, 2007,
-      <https://arxiv.org/abs/math/0503442>.
     """
     check_matrices("stable_rank", w, "w")
     check.integer("stable_rank: steps", steps)
@@ -115,8 +109,9 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
 def effective_rank(w: jax.Array) -> jax.Array:
     r"""How evenly a matrix uses its directions: exponential of its singular values' entropy.
 
-    :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = s_i / \sum_j s_j`: k for k equal singular
-    values, near k where k stand out.
+    :math:`\exp(-\sum_i p_i \log p_i)`, :math:`p_i = s_i / \sum_j s_j`: k for k equal values.
+    Reference: Roy and Vetterli, The Effective Rank, 2007,
+    <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -125,22 +120,16 @@ def effective_rank(w: jax.Array) -> jax.Array:
       Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
       2.0
-
-    Reference:
-      Roy and Vetterli, The Effective Rank, 2007,
-      <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>.
     """
     check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
     total = jnp.sum(s, axis=-1, keepdims=True)
-    # A zero matrix has no shares to sum: it counts as rank 0, not as exp(0) = 1. xlogy takes
-    # 0 log 0 for 0, which is its limit.
+    # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. xlogy takes 0 log 0 for 0.
     p = s / jnp.where(total == 0, 1, total)
     entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
@@ -153,12 +142,10 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
 
     Returns:
-      Shape (...,), real; 0 where all neurons have equal weights' length, as for orthonormal
-      columns, and for a zero matrix.
+      Shape (...,), real; 0 where all columns have equal length, and for a zero matrix.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(neuron_norm_spread(jnp.array([[3.0, 1.0], [4.0, 0.0]])).round(4))
@@ -182,8 +169,7 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
       Shape (...,), real; infinite for an update of zero weights, 0 for none.
 
     Raises:
-      ValueError: If either has fewer than two axes, or their shapes differ.
-      TypeError: If either is not floating.
+      ValueError: For fewer than two axes or two shapes; TypeError: if either is not floating.
 
     Example:
       >>> print(update_to_weight_ratio(jnp.full((2, 2), 0.5), jnp.ones((2, 2))))
@@ -193,9 +179,8 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
     check_matrices(call, update, "update")
     check_matrices(call, weight, "weight")
     if update.shape != weight.shape:
-        raise ValueError(
-            f"{call}: update and weight must have one shape, got {update.shape} and {weight.shape}."
-        )
+        shapes = f"{update.shape} and {weight.shape}"
+        raise ValueError(f"{call}: update and weight must have one shape, got {shapes}.")
     # Of norms that are zero the limits: no update is 0 of anything, an update of nothing infinite.
     ours, theirs = frobenius_norm(update)[..., 0, 0], frobenius_norm(weight)[..., 0, 0]
     ratio = ours / jnp.where(theirs == 0, 1, theirs)
@@ -213,18 +198,13 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
       Memory: one vector of n entries per matrix (..., m, n), float32 or more precise.
 
     Raises:
-      ValueError: If `steps` is less than 1.
-      TypeError: If `steps` is no integer.
+      ValueError: If `steps` is less than 1; TypeError: if `steps` is no integer.
 
     Example:
-      >>> import optax
-      >>> from orthax.diagnostics import of_params
-      >>> tx = optax.monitor({"norm": of_params(warm_spectral_norm())})
-      >>> params = {"kernel": jnp.diag(jnp.array([3.0, 1.0]))}
-      >>> state = tx.init(params)
-      >>> for _ in range(5):
-      ...     _, state = tx.update(params, state, params)
-      >>> print(optax.tree.get(state, "norm")["kernel"].round(2))
+      >>> init, apply = warm_spectral_norm(steps=5)
+      >>> w = jnp.diag(jnp.array([3.0, 1.0]))
+      >>> norm, memory = apply(w, init(w))
+      >>> print(norm.round(2))
       3.0
     """
     call = "warm_spectral_norm"

@@ -26,18 +26,15 @@ def of_updates(
         `orthax.PathRules` from paths to functions of the leaf as it is, such as
         `convolution_orthogonality`, and to None where nothing is measured.
       dimension_numbers: Which leaves are matrices and how, as in `orthax.as_matrices`. By the
-        default rule, output heads, embeddings and biases are none, and are not measured. Not used
-        with `PathRules`.
+        default rule, output heads, embeddings and biases are none. Not used with `PathRules`.
 
     Returns:
-      A function from a tree of updates to a dict: the paths of what is measured to the measures,
-      those of a `Packed` leaf as a tuple. Of a `WithMemory`, a transformation that gives this dict.
-      `optax.tree.get(state, name)` reads it. `optax.monitor` has it from the first update on, so
-      its state changes structure there; for `jax.lax.scan` take `optax.snapshot`.
+      A function from updates to a dict of the measures by path, of a `Packed` leaf a tuple. Of a
+      `WithMemory`, a transformation that gives this dict. `optax.tree.get(state, name)` reads it.
+      `optax.monitor` has it after the first update only: under `jax.lax.scan`, `optax.snapshot`.
 
     Raises:
-      TypeError: If `measure` is no function.
-      ValueError: For a leaf whose names leave its axes undecided, or what `measure` raises.
+      TypeError: If `measure` is no function; ValueError: for undecided leaves, or as `measure`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,8 +65,7 @@ def of_params(
       State: the memories, in a dict by path.
 
     Raises:
-      TypeError: If `measure` is no function.
-      ValueError: At `update`, without params; as in `of_updates`.
+      TypeError: If `measure` is no function; ValueError: without params; as in `of_updates`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,8 +87,7 @@ def of_both(
 
     Args:
       measure: Function of the update and the params before it, both (..., m, n), such as
-        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such functions of the leaves
-        as they are.
+        `update_to_weight_ratio`; or `orthax.PathRules` from paths to such, of leaves as they are.
       dimension_numbers: As in `of_updates`.
 
     Returns:

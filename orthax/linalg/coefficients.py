@@ -53,8 +53,7 @@ POLAR_EXPRESS: Table = (
 Maps [1e-3, 1] into [0.859, 1.141]; slope 989.
 
 `minimax(5, 1e-3, cushion=0.02, safety=1.02)`: safety factor 1.02 in all rows but the last. The code
-that published it also divides the input by 1.02, against the rounding of a bfloat16 norm; norms are
-taken in float32 here and need none.
+that published it also divides the input by 1.02, for bfloat16 norms; they are in float32 here.
 Source: Amsel et al., 2025, <https://arxiv.org/abs/2505.16932>; rows from modded-nanogpt.
 """
 

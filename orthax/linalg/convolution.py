@@ -43,10 +43,10 @@ def geometry_of(
     """Geometry of a layer with a kernel (*spatial, inputs / groups, outputs), or raises."""
     check_array(call, kernel, "kernel")
     if kernel.ndim not in _SPATIAL:
-        raise ValueError(
-            f"{call}: kernel has shape {kernel.shape}; accepted are (width, in / groups, out) and "
-            "(height, width, in / groups, out), as Flax has them."
+        accepted = (
+            "(width, in / groups, out) and (height, width, in / groups, out), as Flax has them"
         )
+        raise ValueError(f"{call}: kernel has shape {kernel.shape}; accepted are {accepted}.")
     *size, inputs, outputs = kernel.shape
     groups = check.integer(f"{call}: groups", groups)
     return make_geometry(call, size, strides, dilation, groups, groups * inputs, outputs)
@@ -70,10 +70,8 @@ def make_geometry(
     groups = check.integer(f"{call}: groups", groups)
     for name, channels in {"in_channels": inputs, "out_channels": outputs}.items():
         if check.integer(f"{call}: {name}", channels) % groups:
-            raise ValueError(
-                f"{call}: groups must divide the channels, got {groups} groups for "
-                f"{name} = {channels}."
-            )
+            got = f"{groups} groups for {name} = {channels}"
+            raise ValueError(f"{call}: groups must divide the channels, got {got}.")
     return Geometry(
         taps,
         per_axis(call, "strides", strides, len(taps)),
@@ -89,10 +87,8 @@ def per_axis(call: str, argument: str, x: PerAxis, axes: int) -> tuple[int, ...]
     entries = _entries(x)
     entries = (x,) * axes if entries is None else entries
     if len(entries) != axes:
-        raise ValueError(
-            f"{call}: {argument} must be an integer or {axes} of them, one per spatial axis, "
-            f"got {x!r}."
-        )
+        accepted = f"an integer or {axes} of them, one per spatial axis"
+        raise ValueError(f"{call}: {argument} must be {accepted}, got {x!r}.")
     return tuple(check.integer(f"{call}: {argument}", entry) for entry in entries)
 
 
@@ -144,9 +140,9 @@ def _entries(x: Any) -> tuple[Any, ...] | None:
 def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:
     """Raises unless windows go round an input of the given size in whole strides."""
     if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
+        accepted = f"a multiple of the strides {geometry.strides}"
         raise ValueError(
-            f"{call}: with circular padding, input_size must be a multiple of the strides "
-            f"{geometry.strides}, got {size}."
+            f"{call}: with circular padding, input_size must be {accepted}, got {size}."
         )
 
 
@@ -161,26 +157,23 @@ def convolution_matrix(
 ) -> jax.Array:
     r"""The matrix of a convolution layer: `y.ravel() == matrix @ x.ravel()` for one image x.
 
-    It has an entry for every pair of an output and an input, so it is for small sizes. The matrix
-    of the transposed layer is its transpose.
+    With an entry per output and input it is for small sizes. A transposed layer has the transpose.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
       input_size: Height and width of x, or one number for both; x has shape (height, width, in).
       strides: Of the window, one number or one per axis.
-      padding: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), an integer, or one integer or pair
-        per axis, as in `flax.nnx.Conv`.
+      padding: "CIRCULAR", "SAME", "VALID", "CAUSAL" (one axis), or integers or pairs as in Flax.
       dilation: Of the kernel.
       groups: Feature groups.
 
     Returns:
-      Shape (outputs, inputs), dtype of the kernel; outputs and inputs in row-major order with
-      channels last.
+      Shape (outputs, inputs), both in row-major order with channels last; dtype of the kernel.
 
     Raises:
       ValueError: For a kernel of another rank, an unknown padding, groups that do not divide the
-        channels, sizes that do not fit the spatial axes.
-      TypeError: For a kernel that is not floating, or sizes that are no integers.
+        channels, sizes that do not fit the spatial axes; TypeError: for a kernel that is not
+        floating, or sizes that are no integers.
 
     Example:
       >>> print(convolution_matrix(jnp.array([1.0, 2.0]).reshape(2, 1, 1), 3))
@@ -208,6 +201,8 @@ def convolution_singular_values(
     With circular padding the operator acts on each frequency by itself: a stride of S folds S
     frequencies of the input per axis onto one of the output. That takes one small decomposition per
     frequency of the output. Other paddings decompose `convolution_matrix` and are for small sizes.
+    Reference: Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
+    <https://arxiv.org/abs/1805.10408>.
 
     Args:
       kernel: As in Flax, shape (height, width, in / groups, out) or (width, in / groups, out).
@@ -224,17 +219,12 @@ def convolution_singular_values(
 
     Raises:
       ValueError: As `convolution_matrix`, and for circular padding with an input size that is no
-        multiple of the strides.
-      TypeError: As `convolution_matrix`.
+        multiple of the strides; TypeError: as `convolution_matrix`.
 
     Example:
       >>> kernel = jnp.array([1.0, 1.0]).reshape(2, 1, 1)  # sums of neighbours
       >>> print(convolution_singular_values(kernel, 4).round(3) + 0.0)
       [2.    1.414 1.414 0.   ]
-
-    Reference:
-      Sedghi, Gupta and Long, The Singular Values of Convolutional Layers, 2018,
-      <https://arxiv.org/abs/1805.10408>.
     """
     call = "convolution_singular_values"
     geometry = geometry_of(call, kernel, strides, dilation, groups)
@@ -282,9 +272,8 @@ def _matrix(
     count = math.prod(size) * inputs
     images = jnp.eye(count, dtype=kernel.dtype).reshape(count, *size, inputs)
     pads = pads_of(call, padding, geometry, size)
-    if (
-        pads is None
-    ):  # as Flax pads with "CIRCULAR": the window is centred, the odd entry at the end
+    if pads is None:
+        # As Flax pads with "CIRCULAR": the window is centred, the odd entry at the end.
         before_after = [((e - 1) // 2, e // 2) for e in geometry.extent]
         images = jnp.pad(images, [(0, 0), *before_after, (0, 0)], mode="wrap")
         pads = [(0, 0)] * len(size)

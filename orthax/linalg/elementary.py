@@ -37,15 +37,14 @@ def abs_square(x: jax.Array) -> jax.Array:
 def frobenius_norm(x: jax.Array) -> jax.Array:
     r"""Frobenius norm of each matrix, :math:`\|x\|_F = \sqrt{\sum_{ij} |x_{ij}|^2}`.
 
-    The sum runs over entries divided by the largest one, so the result is right for every scale
-    that the accumulating dtype holds: 1e-30 and 1e30 in float32 are fine.
+    Entries are divided by the largest one first, so the result is right for every scale that the
+    accumulating dtype holds: 1e-30 and 1e30 in float32 are fine.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating.
 
     Returns:
-      Shape (..., 1, 1), real; float32 for 16-bit input, else the precision of `x`. Zero for a zero
-      or empty matrix, NaN if an entry is NaN.
+      Shape (..., 1, 1), real, at least float32. Zero for a zero or empty matrix, NaN for a NaN.
 
     Raises:
       ValueError: If `x` has fewer than two axes.
@@ -69,8 +68,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       eps: A matrix whose largest entry is at most this counts as zero.
 
     Returns:
-      Same shape; float32 for 16-bit input, else the dtype of `x`. Zero for a matrix that counts as
-      zero.
+      Same shape, in at least float32. Zero for a matrix that counts as zero.
 
     Raises:
       ValueError: If `x` has fewer than two axes, or `eps` is negative or not finite.
@@ -89,13 +87,8 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """Divides each matrix by its largest absolute entry, of complex ones by the largest part.
 
-    Args:
-      x: Matrices, shape (..., m, n), real or complex floating.
-      eps: A largest entry of at most this, or below the smallest normal number, counts as zero.
-
-    Returns:
-      The scaled matrices (zero where they count as zero) and the largest entries, shape (..., 1,
-      1); in float32 for 16-bit input, else the precision of `x`.
+    A largest entry of at most eps, or below the smallest normal number, counts as zero, and the
+    matrix becomes zero. Returns that and the largest entries, (..., 1, 1), in at least float32.
     """
     x = wide(x)
     scale = _largest(x, eps)
@@ -105,8 +98,7 @@ def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
 def constant_unit_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`unit_max` with a scale that is constant for differentiation.
 
-    What is computed from the quotient and multiplied by the scale again has the right gradient, and
-    the squares of the scale in that of `unit_max` do not overflow.
+    What is computed from the quotient and scaled back has the right gradient, without overflow.
     """
     x = wide(x)
     scale = lax.stop_gradient(_largest(x, 0.0))
@@ -123,8 +115,7 @@ def _largest(x: jax.Array, eps: float) -> jax.Array:
 def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Quotient of an array and sizes of any magnitude, zero where the size is zero."""
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126: so both
-    # are divided by four. An infinite divisor makes zero of a zero scale, without 0 / 0 in the
-    # gradient.
+    # are divided by four. An infinite divisor avoids 0 / 0, in the gradient too.
     less = 1 - 0.75 * (scale > 1)
     divisor = lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
     return (x * less) / divisor
@@ -150,6 +141,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
     By "l2" the chosen columns hold at least the part rank / n of the energy :math:`\|x\|_F^2`, on
     every input. By "l1", the default of the paper's code, they need not: of a column of a hundred
     entries 0.05 and one with a single entry 1, it takes the first, with a fifth of the energy.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -167,9 +159,6 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
     Example:
       >>> print(top_columns(jnp.array([[1.0, -3.0, 2.0, 3.0]]), 2))
       [1 3]
-
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, section 3.
     """
     check_matrices("top_columns", x)
     rank = check.integer("top_columns: rank", rank, f"[1, {x.shape[-1]}]")
@@ -196,14 +185,6 @@ def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike =
     All such products of `linalg` go through here: the place for a kernel that computes one half.
     XLA has none. On CPU, cutting the product into blocks and leaving one out costs more in copies
     than it saves, at all sizes up to 2048 (0.8 to 0.95 of the plain product's speed).
-
-    Args:
-      a: Shape (..., m, k).
-      b: Shape (..., k, m).
-      precision: Passed to `jnp.matmul`.
-
-    Returns:
-      Shape (..., m, m).
     """
     return jnp.matmul(a, b, precision=precision)
 
@@ -221,15 +202,9 @@ def less_identity(r: jax.Array) -> jax.Array:
 def gram_deviation(x: jax.Array) -> jax.Array:
     """The Gram matrix of the shorter side less the identity; zero iff `x` is orthogonal.
 
-    Of the columns where `x` is tall or square, of the rows where it is wide: the other Gram matrix
-    has not the rank to be an identity. Products are exact to the dtype on every backend.
-
-    Args:
-      x: Matrices, shape (..., m, n), real or complex floating.
-
-    Returns:
-      Hermitian, shape (..., k, k) with k = min(m, n); float32 for 16-bit input, else the dtype of
-      `x`. Its derivative, in either mode, takes one product of the size of the Gram matrix's.
+    Of the columns where `x` is tall or square, of the rows where it is wide: the other one has not
+    the rank to be an identity. Hermitian, shape (..., k, k), in at least float32 and exact to the
+    dtype on every backend. Its derivative, in either mode, takes one product of that size.
     """
     return gram_less_identity(short_side_first(x))
 

@@ -2,8 +2,7 @@ r"""Orthogonal matrices as products of Householder reflections, in compact WY fo
 
 A reflection :math:`H = I - 2 v v^T / \|v\|^2` depends on the direction of v only, so any optimizer
 may move v: the product stays orthogonal. :math:`H_1 H_2 \cdots H_r = I - V T^{-1} V^T` with
-:math:`T = \mathrm{triu}(V^T V, 1) + \mathrm{diag}(\|v_i\|^2) / 2` takes a triangular solve and two
-products instead of r steps.
+:math:`T = \mathrm{triu}(V^T V, 1) + \mathrm{diag}(\|v_i\|^2) / 2` takes a solve and two products.
 """
 
 from typing import Any
@@ -21,29 +20,25 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
     r"""Product of Householder reflections, :math:`H_1 H_2 \cdots H_r`, or its first columns.
 
     Args:
-      v: The reflected directions as columns, shape (..., n, r) with r <= n, real floating. Any
-        length; a zero column reflects nothing.
+      v: Directions as columns, (..., n, r), r <= n, real floating; a zero column reflects nothing.
       columns: How many columns of the product to compute, 1 to n. None: all n.
 
     Returns:
       Shape (..., n, columns), dtype of `v`; 16-bit input is computed in float32. Columns are
       orthonormal for any `v`: in float32, entries of :math:`Q^T Q - I` are below 1e-6 for random
-      directions up to n = r = 1024, and below 3e-5 for hundreds of nearly parallel ones. The
-      determinant of the whole product is :math:`(-1)^r`; a zero column does not count.
-      Differentiable; at a zero column the gradient is zero.
+      directions up to n = r = 1024, and 3e-5 for hundreds of nearly parallel ones. The whole
+      product's determinant is :math:`(-1)^r`, zero columns not counted. The gradient at those is 0.
 
     Raises:
       ValueError: If `v` has fewer than two axes or more columns than rows, or `columns` is not
-        within 1 and n.
-      TypeError: If `v` is not real floating, or `columns` no integer.
+        within 1 and n; TypeError: if `v` is not real floating, or `columns` no integer.
 
     Example:
       >>> print(householder_product(jnp.array([[1.0], [1.0]])).round(6) + 0.0)
       [[ 0. -1.]
        [-1.  0.]]
 
-    Reference:
-      Joffrain et al., Accumulating Householder Transformations, Revisited, 2006,
+    Reference: Joffrain et al., Accumulating Householder Transformations, Revisited, 2006,
       <https://doi.org/10.1145/1141885.1141886>.
     """
     call = "householder_product"
@@ -68,39 +63,33 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
 def householder_vectors(q: jax.Array) -> jax.Array:
     r"""Directions of reflections whose product begins with the given orthonormal columns.
 
-    Undoes `householder_product`: for q with orthonormal columns, `householder_product(v, k)` with
-    the v returned is q. Every orthogonal matrix has such a product, those of determinant 1 too,
-    since a direction may come out zero.
+    Undoes `householder_product`: `householder_product(v, k)` with the v returned is q. Every
+    orthogonal matrix has such a product, also of determinant 1, as a direction may come out zero.
+    Reference: Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
 
     Args:
       q: Orthonormal columns, shape (..., n, k) with k <= n, real floating.
 
     Returns:
       Shape (..., n, k), dtype of `q`: unit columns, or zero, with zeros above the diagonal. For
-      columns that are not orthonormal, those of the Q factor of q with a positive diagonal of R.
-      One after the other, so k steps.
+      columns that are not orthonormal, those of the Q factor for a positive diagonal of R. k steps.
 
     Raises:
-      ValueError: If `q` has fewer than two axes or is wide.
-      TypeError: If `q` is not real floating.
+      ValueError: If `q` has fewer than two axes or is wide; TypeError: if `q` is not real floating.
 
     Example:
       >>> rotation = jnp.array([[0.0, -1.0], [1.0, 0.0]])
       >>> print(householder_product(householder_vectors(rotation)).round(6) + 0.0)
       [[ 0. -1.]
        [ 1.  0.]]
-
-    Reference:
-      Golub and Van Loan, Matrix Computations, 4th edition, 2013, algorithm 5.1.1.
     """
     _check_tall("householder_vectors", "q", q)
     if q.size == 0:
         return q
     a, _ = unit_max(q)
 
-    # Householder's QR factorisation. Step j reflects column j onto the positive axis j. With the
-    # sign that LAPACK takes, against cancellation, R would get negative entries and the product of
-    # reflections columns of the wrong sign.
+    # Householder's QR factorisation: step j reflects column j onto the positive axis j. The sign of
+    # LAPACK, against cancellation, would give R negative entries and the product wrong signs.
     def reflect(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, vectors = carry
         column = lax.dynamic_index_in_dim(a, j, axis=-1)
@@ -127,6 +116,8 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
 
     :math:`Q(u) \, S \, Q(v)^T` with S having ones on the first k diagonal entries: it maps k
     directions of the input isometrically onto k of the output and the rest to zero.
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    <https://arxiv.org/abs/2307.08012>.
 
     Args:
       u: Reflected directions on the side of the rows, shape (..., m, k).
@@ -137,28 +128,20 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: If either has fewer than two axes or more columns than rows, or their numbers of
-        columns or batch axes differ.
-      TypeError: If either is not real floating.
+        columns or batch axes differ; TypeError: if either is not real floating.
 
     Example:
-      >>> u, v = jnp.zeros((3, 1)), jnp.array([[1.0], [1.0]])
+      >>> u, v = jnp.zeros((2, 1)), jnp.array([[1.0], [1.0]])
       >>> print(householder_projector(u, v).round(6) + 0.0)
       [[ 0. -1.]
-       [ 0.  0.]
        [ 0.  0.]]
-
-    Reference:
-      Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
-      <https://arxiv.org/abs/2307.08012>.
     """
     call = "householder_projector"
     for argument, x in {"u": u, "v": v}.items():
         _check_tall(call, argument, x)
     if (*u.shape[:-2], u.shape[-1]) != (*v.shape[:-2], v.shape[-1]):
-        raise ValueError(
-            f"{call}: u and v must have equal batch axes and numbers of columns, got shapes "
-            f"{u.shape} and {v.shape}."
-        )
+        equal = "equal batch axes and numbers of columns"
+        raise ValueError(f"{call}: u and v must have {equal}, got shapes {u.shape} and {v.shape}.")
     if u.shape[-1] == 0:
         return jnp.zeros((*u.shape[:-1], v.shape[-2]), u.dtype)
     # S selects the first k columns of both products, so no others are computed.
@@ -216,7 +199,5 @@ def _check_real(call: str, argument: str, x: Any) -> None:
 def _check_tall(call: str, argument: str, x: Any) -> None:
     _check_real(call, argument, x)
     if x.shape[-2] < x.shape[-1]:
-        raise ValueError(
-            f"{call}: {argument} has shape {x.shape}; it must not have more columns than rows. "
-            "Transpose a wide matrix."
-        )
+        accepted = "it must not have more columns than rows. Transpose a wide matrix"
+        raise ValueError(f"{call}: {argument} has shape {x.shape}; {accepted}.")

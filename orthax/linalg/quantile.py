@@ -21,13 +21,8 @@ def quantile_of_magnitude(x: jax.Array, quantile: ArrayLike) -> jax.Array:
     from the highest down, each by counting the entries below three candidates in one pass: 16
     passes in float32, exact for ties, zeros and any range of magnitudes.
 
-    Args:
-      x: Matrices, shape (..., m, n), real or complex floating, m and n at least 1.
-      quantile: Number in [0, 1], or a tracer of one.
-
-    Returns:
-      Shape (..., 1, 1), real; float32 for 16-bit input, else the precision of `x`. NaN if an entry
-      is NaN. A constant to differentiation.
+    Matrices (..., m, n) of at least one entry give (..., 1, 1), real, in at least float32; NaN if
+    an entry is NaN. `quantile` may be a tracer. The result is a constant to differentiation.
     """
     magnitudes = jnp.abs(x)
     bits = 8 * magnitudes.dtype.itemsize
@@ -48,8 +43,7 @@ def quantile_of_magnitude(x: jax.Array, quantile: ArrayLike) -> jax.Array:
     # The first digit outside the loop makes `known` an array of the shape that the loop carries.
     pattern = lax.fori_loop(1, bits // 2, next_digit, next_digit(0, unsigned(0)))
 
-    # One more pass: the next larger entry to interpolate with, and the largest, since the patterns
-    # of NaN lie above that of infinity.
+    # One more pass: the next larger entry, and the largest, as NaNs have patterns above infinity.
     up_to, larger = (patterns <= pattern).astype(jnp.int32), np.iinfo(unsigned).max
     count, above, largest = _reduce(
         [lax.add, lax.min, lax.max],

@@ -26,13 +26,8 @@ class Quantized(NamedTuple):
 def quantize(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized:
     """Rounds every entry to one of 2**bits levels between the row's smallest and largest.
 
-    Args:
-      x: Matrices, shape (..., m, n), real floating. Rows of equal entries are kept exactly.
-      bits: 8 or 4.
-      key: For stochastic rounding, whose expectation is the entry; None rounds to the nearest.
-
-    Returns:
-      What `dequantize` reads; a row with a NaN or an infinity comes back as NaN.
+    Of real matrices, 8 or 4 bits. With a key rounding is stochastic, its expectation the entry;
+    without, to the nearest. Rows of equal entries are exact; one with a NaN or an infinity is NaN.
     """
     # low + (high - low) k / levels for k = 0 ... levels. Everything is computed of halves, because
     # high - low may exceed the largest float where both ends are finite.

@@ -44,24 +44,15 @@ def default_verdicts(paths: Iterable[Path], shapes: Shapes) -> dict[Path, Verdic
 
 
 def default_rule(path: Path, shapes: Shapes) -> tuple[DimensionNumbers | None, str]:
-    """Decides one leaf.
+    """Decides one leaf, from the shapes of all: dimension numbers (None: fallback) and the reason.
 
-    Args:
-      path: Components of the leaf's path; integers are positions in lists and tuples.
-      shapes: Shapes of all leaves of the tree, by their paths.
-
-    Returns:
-      Dimension numbers, or None for the fallback, and the reason.
-
-    Raises:
-      Undecided: If names and shapes leave more than one reading.
+    Raises `Undecided` if names and shapes leave more than one reading.
     """
     shape = shapes[path]
     if len(shape) < 2:
         return None, "fewer than two axes"
     if not any(isinstance(part, str) for part in path):
         return DimensionNumbers(-2, -1), "no name: the last two axes"
-
     leaf, parent = str(path[-1]), next((p for p in path[-2::-1] if isinstance(p, str)), "")
     if excluded := _never_a_matrix(path, leaf, parent):
         return None, excluded
@@ -126,8 +117,7 @@ def _is_attention(path: Path, shapes: Shapes) -> bool:
     """Whether the four projections fit together as multi-head attention and in no other way.
 
     Attention has query, key, value (*stack, features, heads, head_dim) and out (*stack, heads,
-    head_dim, features). Kernels of a stack of square linear layers under the same names do not fit
-    unless the stack is as long as the layers are wide.
+    head_dim, features). Square linear layers do not fit, unless a stack is as long as they are.
     """
     kernels = [shapes.get((*path[:-2], name, "kernel"), ()) for name in _ATTENTION]
     query, key, value, out = kernels
@@ -179,9 +169,8 @@ def _stack_of_convolution(
 def _stacks_of_siblings(path: Path, shapes: Shapes) -> set[int]:
     """Returns the numbers of stacked axes of a kernel's siblings, the layers in the same module.
 
-    Biases and scales of norms, Dense and Conv have one axis in a single layer. A stack of whole
-    modules stacks all of them alike; a lifted layer is stacked for itself. Other axes are no stack:
-    a LayerNorm may have several features.
+    Biases and scales of norms, Dense and Conv have one axis in a single layer. A stack of modules
+    stacks all of them; a lifted layer is stacked for itself. A LayerNorm may have several features.
     """
     if len(path) < 2 or _LIFTED.match(str(path[-2])):
         return set()

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import optax
 
 from orthax.matrices.partition import Leaf, resolve
 from orthax.matrices.view import MatrixView
@@ -19,10 +20,8 @@ class ExplainedLeaf:
       shape: Shape of the leaf.
       view: Shape of the matrices, sections joined by `+`; empty for the fallback.
       batch: Number of matrices.
-      fan_in: Rows of each matrix.
-      fan_out: Columns of each matrix; the sections' columns for a packed leaf.
-      destination: `matrices`, `fallback` or `undecided`.
-      reason: The rule that decided.
+      fan_in: Rows of each matrix; `fan_out`: columns, of each section of a packed leaf.
+      destination: `matrices`, `fallback` or `undecided`; `reason`: the rule that decided.
     """
 
     path: str
@@ -54,7 +53,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(params: Any, dimension_numbers: Any = None) -> Explanation:
+def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
     """Shows where each leaf goes and how it is read, without raising for undecided ones.
 
     Args:

@@ -15,23 +15,18 @@ from orthax.matrices.view import DimensionNumbers, Packed
 class PathRules:
     r"""Values chosen by a leaf's path: dimension numbers, `None`, penalties, ...
 
-    A path is the leaf's keys joined by `/`, such as `blocks/0/mlp/up/kernel`; the attribute
-    `.value` that boxes and NNX variables add is left out. It is a frozen dataclass and not
-    callable, so that `optax.inject_hyperparams` does not take it for a schedule.
+    A path is the leaf's keys joined by `/`, such as `blocks/0/mlp/up/kernel`, without the `.value`
+    that boxes and NNX variables add. It is frozen and not callable, so that
+    `optax.inject_hyperparams` does not take it for a schedule.
 
     Attributes:
-      rules: Pairs of a regular expression and a value. The first whose expression is found in the
-        path (`re.search`; anchor with `^` and `$`) gives the value.
+      rules: Pairs of a regular expression and a value; the first found (`re.search`) decides.
       default: Value for a path that no rule matches; `...` leaves it to the default rule.
 
     Example:
       >>> from optax.contrib import MuonDimensionNumbers
-      >>> rules = PathRules(
-      ...     rules=(
-      ...         (r"experts/(up|down)$", MuonDimensionNumbers(-2, -1)),  # (experts, in, out)
-      ...         (r"router", None),  # to the fallback
-      ...     )
-      ... )
+      >>> experts = MuonDimensionNumbers(-2, -1)  # of (experts, in, out); routers to the fallback
+      >>> rules = PathRules(rules=((r"experts/(up|down)$", experts), (r"router", None)))
       >>> rules.lookup("block/experts/up")[0]
       MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     """
@@ -68,7 +63,7 @@ class PathRules:
 
 
 def chosen_values(
-    call: str, tree: Any, names: list[str], dimension_numbers: Any
+    call: str, tree: optax.Params, names: list[str], dimension_numbers: Any
 ) -> list[tuple[Any, str]]:
     """Returns for each leaf its dimension numbers and the reason; `...` for the default rule."""
     if isinstance(dimension_numbers, PathRules):
@@ -94,5 +89,5 @@ def chosen_values(
     return chosen
 
 
-def _is_value(x: Any) -> bool:
+def _is_value(x: object) -> bool:
     return x is None or isinstance(x, DimensionNumbers | Packed | optax.MaskedNode)

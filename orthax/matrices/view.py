@@ -1,7 +1,6 @@
 """Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
 
-Only shapes live here. Which leaf gets which dimension numbers, and what sees the matrices, is in
-`partition.py`.
+Only shapes live here; which leaf has which dimension numbers is decided in `partition.py`.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
 class Packed:
     """Dimension numbers of a leaf that holds several matrices side by side (fused QKV, gate + up).
 
-    Each section is a matrix of its own: it is orthogonalised, normalised and scaled alone, exactly
-    as if the sections were separate leaves.
+    Each section is orthogonalised, normalised and scaled alone, as if it were a leaf of its own.
 
     Attributes:
       dims: Dimension numbers of the whole leaf; every section is read with them.
@@ -118,13 +116,7 @@ class MatrixView:
 
 @dataclasses.dataclass(frozen=True)
 class PackedView:
-    """The views of the sections of one leaf; opens to a tuple of matrices.
-
-    Attributes:
-      shape: Shape of the leaf.
-      axis: Axis along which the sections lie.
-      sections: One view per section.
-    """
+    """The views of the sections of one leaf, along an axis of it; opens to a tuple of matrices."""
 
     shape: tuple[int, ...]
     axis: int
@@ -166,30 +158,30 @@ def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     return laid_out(view._move, out)(x)
 
 
-def close_view(view: MatrixView | PackedView, y: Any, like: Any) -> Any:
+def close_view(view: MatrixView | PackedView, y: Any, like: jax.Array) -> jax.Array:
     """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
     return laid_out(view._move_back, explicit_sharding(like))(y)
 
 
-def make_view(call: str, path: str, leaf: Any, dims: Any) -> MatrixView | PackedView:
+def make_view(call: str, path: str, leaf: jax.Array, dims: object) -> MatrixView | PackedView:
     """Builds the view of a leaf, or raises a `ValueError`/`TypeError` that names call and leaf."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"{call}: '{path}' has dtype {dtype}; a matrix must be real or complex floating."
-        )
+        has = f"'{path}' has dtype {dtype}"
+        raise TypeError(f"{call}: {has}; a matrix must be real or complex floating.")
     if isinstance(dims, Packed):
         return _packed_view(call, path, np.shape(leaf), dims)
     return _matrix_view(call, path, np.shape(leaf), dims)
 
 
-def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: Any) -> MatrixView:
+def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: object) -> MatrixView:
     if not isinstance(dims, DimensionNumbers):
+        accepted = "MuonDimensionNumbers, orthax.Packed of such, and None"
         raise TypeError(
-            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are "
-            "MuonDimensionNumbers, orthax.Packed of such, and None."
+            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are {accepted}."
         )
-    where = f"{call}: '{path}' has shape {shape} but dimension numbers {_short(dims)}"
+    given = f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"
+    where = f"{call}: '{path}' has shape {shape} but dimension numbers {given}"
     reduction = _axes(where, shape, dims.reduction_axis)
     output = _axes(where, shape, dims.output_axis)
     chosen = reduction + output
@@ -230,9 +222,5 @@ def _axes(where: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
     return tuple(int(axis) % len(shape) for axis in axes)
 
 
-def _is_int(x: Any) -> TypeGuard[int]:
+def _is_int(x: object) -> TypeGuard[int]:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _short(dims: Any) -> str:
-    return f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"

@@ -7,6 +7,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
 
+from orthax import linalg
 from orthax.base import check
 from orthax.base.leaves import check_array
 from orthax.linalg import (
@@ -23,26 +24,24 @@ _CALL = "orthax.nn.HouseholderLinear"
 class HouseholderLinear(nnx.Module):
     r"""Linear layer whose kernel is orthogonal throughout training, with any optimizer.
 
-    For layers that must not stretch or shrink what passes: deep or recurrent stacks, adapters that
-    keep distances. No penalty and no projection after the update is needed, because the kernel is
-    built from Householder reflections (`orthax.linalg.householder_product`) and the parameters are
-    their directions. Without `rank` it has orthonormal columns, or rows where there are more
-    outputs than inputs. With `rank` it is the low-rank orthogonal projector: k directions of the
-    input are carried isometrically onto k of the output, and the rest to zero.
+    For layers that must not stretch or shrink what passes: deep or recurrent stacks, adapters. The
+    kernel is built from Householder reflections (`orthax.linalg.householder_product`), whose
+    directions are the parameters: no penalty or projection is needed. Without `rank` it has
+    orthonormal columns, or rows where there are more outputs than inputs. With `rank` it is the
+    low-rank orthogonal projector: k directions are carried isometrically, the rest to zero.
 
-    A square kernel of full rank cannot become every orthogonal matrix: its determinant is
-    :math:`(-1)^k` for good, so it is a rotation or, for odd k, one with a reflection. `from_kernel`
-    gives it the sign of the trained kernel's.
+    A square kernel of full rank keeps its determinant, :math:`(-1)^k`: it is a rotation or, for odd
+    k, one with a reflection. `from_kernel` gives it the sign of the trained kernel's.
 
-    Only the directions count, not their lengths: gradients are orthogonal to them, so they grow
-    under gradient descent and the effective learning rate falls, as with weight normalisation.
-    `orthax.muon` and the other matrix optimizers leave them to the fallback.
+    Only the directions count: gradients are orthogonal to them, so they grow under gradient descent
+    and the effective learning rate falls. `orthax.muon` and others leave them to the fallback.
+    Reference: Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
+    <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
 
     Attributes:
       input_reflectors: Directions on the side of the inputs, shape (in_features, k); None for a
         kernel of full rank with more outputs than inputs.
-      output_reflectors: The same on the side of the outputs, shape (out_features, k); None for a
-        kernel of full rank otherwise.
+      output_reflectors: Those of the outputs, (out_features, k); None for full rank otherwise.
       bias: Shape (out_features,), or None.
 
     Args:
@@ -50,8 +49,7 @@ class HouseholderLinear(nnx.Module):
       out_features: Number of outputs.
       rank: k, from 1 to min(in_features, out_features). None: all of it.
       use_bias: Whether to add a bias.
-      dtype: Of the computation; None: as `flax.nnx.Linear`, that of inputs and parameters. The
-        kernel is built in at least float32.
+      dtype: Of the computation; None: of inputs and parameters. The kernel is in at least float32.
       param_dtype: Of the parameters.
       precision: Of the product with the inputs.
       reflector_init: Initializer of the directions. Normal numbers of any scale give the same
@@ -60,20 +58,14 @@ class HouseholderLinear(nnx.Module):
       rngs: Source of the parameters' key.
 
     Raises:
-      ValueError: If `rank` is out of range or a size less than 1.
-      TypeError: If a size or `rank` is no integer.
+      ValueError: If `rank` is out of range or a size less than 1; TypeError: if one is no integer.
 
     Example:
       >>> layer = HouseholderLinear(5, 3, rngs=nnx.Rngs(0))
       >>> kernel = layer.kernel
       >>> bool(jnp.allclose(kernel.T @ kernel, jnp.eye(3), atol=1e-5))
       True
-      >>> layer(jnp.ones((2, 5))).shape
-      (2, 3)
 
-    Reference:
-      Song et al., Householder Projector for Unsupervised Latent Semantics Discovery, 2023,
-      <https://arxiv.org/abs/2307.08012>: rank 10, directions from a trained kernel.
     """
 
     def __init__(
@@ -122,11 +114,11 @@ class HouseholderLinear(nnx.Module):
         # Which of the two there are says the form: a projector, a tall or a wide kernel.
         ins, outs = self.input_reflectors, self.output_reflectors
         if ins is not None and outs is not None:
-            return householder_projector(ins[...], outs[...])
+            return linalg.householder_projector(ins[...], outs[...])
         if ins is not None:
-            return householder_product(ins[...], self.out_features)
+            return linalg.householder_product(ins[...], self.out_features)
         assert outs is not None
-        return householder_product(outs[...], self.in_features).T
+        return linalg.householder_product(outs[...], self.in_features).T
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer to the last axis of the inputs."""
@@ -150,8 +142,8 @@ class HouseholderLinear(nnx.Module):
           rank: Of the layer. The leading singular vectors stay; singular values become 1.
 
         Returns:
-          A layer with parameters in the dtypes of `kernel` and `bias`. Its outputs differ from
-          those of the trained layer by as much as its singular values did from 1.
+          A layer with parameters in the dtypes of `kernel` and `bias`. Its outputs differ from the
+          trained layer's by as much as the singular values did from 1.
 
         Raises:
           ValueError: If `kernel` has not two axes, `bias` does not fit or `rank` is out of range.
@@ -175,20 +167,15 @@ class HouseholderLinear(nnx.Module):
         if rank is not None:
             check.integer(f"{call}: rank", rank, f"[1, {min(kernel.shape)}]")
         # The layer is made with random directions, which those of the trained kernel replace.
-        layer = cls(
-            *kernel.shape,
-            rank=rank,
-            use_bias=bias is not None,
-            param_dtype=kernel.dtype,
-            rngs=nnx.Rngs(0),
-        )
+        settings = {"use_bias": bias is not None, "param_dtype": kernel.dtype}
+        layer = cls(*shape, rank=rank, rngs=nnx.Rngs(0), **settings)
         if rank is not None:
-            ins, outs = householder_factors(kernel, rank)
+            ins, outs = linalg.householder_factors(kernel, rank)
         else:
             # rtol=0 keeps directions of tiny singular values, or columns would not be orthonormal.
-            nearest = polar_svd(kernel, rtol=0)
+            nearest = linalg.polar_svd(kernel, rtol=0)
             tall = kernel.shape[0] >= kernel.shape[1]
-            ins, outs = householder_vectors(nearest if tall else nearest.T), None
+            ins, outs = linalg.householder_vectors(nearest if tall else nearest.T), None
             ins, outs = (ins, outs) if tall else (outs, ins)
         layer.input_reflectors = nnx.data(None if ins is None else nnx.Param(ins))
         layer.output_reflectors = nnx.data(None if outs is None else nnx.Param(outs))

@@ -36,12 +36,12 @@ def dimension_numbers(
 ) -> PathRules:
     """Tells which parameters of a Flax NNX model are matrices, and how, by module types.
 
-    Kernels of Linear, LinearGeneral, MultiHeadAttention, Conv, ConvTranspose and Einsum, the two
-    factors of LoRA and recurrent cells are matrices; biases, embeddings, norms and output heads (a
-    path component `lm_head`, `head`, `logits` or `classifier`) go to the fallback. Matrices side by
-    side in one kernel are `orthax.Packed`: the groups of a grouped convolution, the gates of
-    `OptimizedLSTMCell` and `GRUCell`. A depthwise convolution with one output per channel has no
-    matrix. A Param of a module that Flax does not define is left to the default rule.
+    Kernels of Linear, LinearGeneral, MultiHeadAttention, Conv, ConvTranspose and Einsum, LoRA's two
+    factors and recurrent cells are matrices; biases, embeddings, norms and output heads (a path
+    component `lm_head`, `head`, `logits` or `classifier`) go to the fallback. Side by side in one
+    kernel, as `orthax.Packed`, are the groups of a convolution and the gates of `OptimizedLSTMCell`
+    and `GRUCell`. A depthwise convolution with one output per channel has no matrix. A Param of a
+    module that Flax does not define is left to the default rule.
 
     Args:
       model: The model, with arrays or `jax.ShapeDtypeStruct`s (`nnx.eval_shape`) inside.
@@ -50,13 +50,12 @@ def dimension_numbers(
 
     Returns:
       Rules with one exact path per parameter, as `nnx.state(model)` shows it, and the default rule
-      for all others. Axes of stacked layers are batch axes; they lead, unless the sizes of kernel
-      and bias say that they lie elsewhere.
+      for all others. Axes of stacked layers are batch axes: the first, unless sizes say otherwise.
 
     Raises:
-      TypeError: For a model that is not an `nnx.Module`, or `exclude` of another type.
-      ValueError: For a kernel whose shape is not that of its module with stacked axes, one that
-        modules share and read differently, or `exclude` that is no regular expression.
+      TypeError: For a model that is not an `nnx.Module`, or `exclude` of another type. ValueError:
+        for a kernel whose shape is not that of its module with stacked axes, one that modules read
+        differently, or `exclude` that is no regular expression.
 
     Example:
       >>> import orthax, orthax.nn
@@ -89,8 +88,7 @@ def dimension_numbers(
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
 
-    # Exclusions come first, as the first rule that matches a path decides. Paths are escaped and
-    # anchored: each rule is for one parameter.
+    # Exclusions come first, as the first rule decides. Paths are escaped: a rule per parameter.
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
     for keys, node in nodes:
         parts = tuple(map(str, keys))
@@ -144,15 +142,9 @@ def _read_shared(
 
 
 class _Layout(NamedTuple):
-    """How one layer reads its kernel.
+    """How one layer reads its kernel: shapes without stacked axes, and axes of `shape`.
 
-    Attributes:
-      shape: Shape in a single layer, without stacked axes.
-      reduction: Axes of `shape` that the layer sums over.
-      output: Axes of `shape` that are its neurons.
-      sections: Number of matrices side by side along the last output axis.
-      bias: Shape of the bias in a single layer.
-      has_matrix: False where every output reads one channel of its own.
+    `sections` are matrices along the last output axis; depthwise kernels have no matrix.
     """
 
     shape: tuple[int, ...]

@@ -13,27 +13,23 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
     r"""Pulls matrices towards orthogonal ones by the squared distance :math:`\|W^T W - I\|_F^2`.
 
     Its gradient is :math:`4 W (W^T W - I)`; value and gradient take two large products.
+    Reference: Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
+    <https://arxiv.org/abs/1810.09102>, equation 2.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Where m < n, rows take the place of
-        columns: :math:`W W^T` has the rank to be an identity then, :math:`W^T W` has not.
+        columns: :math:`W W^T` has the rank to be an identity then.
 
     Returns:
-      Scalar, the sum over all matrices, so that each has the gradient it would have alone; float32
-      for 16-bit input, else the precision of `w`. At least 0, and 0 iff all matrices are
-      orthogonal. Fourth powers of entries overflow where these are near 1e9 (float32).
+      Scalar, the sum over all matrices; float32 for 16-bit input, else the precision of `w`. At
+      least 0, and 0 iff all are orthogonal. Fourth powers of entries overflow near 1e9 (float32).
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(soft_orthogonality(jnp.array([[2.0, 0.0], [0.0, 1.0]])))
       9.0
-
-    Reference:
-      Bansal, Chen and Wang, Can We Gain More from Orthogonality Regularizations, 2018,
-      <https://arxiv.org/abs/1810.09102>, equation 2.
     """
     deviation = _deviation("soft_orthogonality", w)
     return jnp.sum(abs_square(deviation))
@@ -42,9 +38,9 @@ def soft_orthogonality(w: jax.Array) -> jax.Array:
 def double_soft_orthogonality(w: jax.Array) -> jax.Array:
     r"""Squared distance of both Gram matrices from identities, without its floor.
 
-    :math:`\|W^T W - I_n\|_F^2 + \|W W^T - I_m\|_F^2 - |m - n|`. The larger Gram matrix lacks the
-    rank to be an identity by |m - n|; without that constant, both sides measure the same and the
-    penalty equals twice `soft_orthogonality`, which is how it is computed.
+    :math:`\|W^T W - I_n\|_F^2 + \|W W^T - I_m\|_F^2 - |m - n|`, the last being what the larger Gram
+    matrix lacks in rank. It equals twice `soft_orthogonality`, which is how it is computed.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating.
@@ -53,15 +49,11 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
       Scalar, the sum over all matrices; at least 0, and 0 iff all are orthogonal.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(double_soft_orthogonality(jnp.array([[2.0, 0.0]])))
       18.0
-
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 4.
     """
     check_matrices("double_soft_orthogonality", w, "w")
     # Both sums are of (s^2 - 1)^2 over singular values s; the larger Gram matrix has |m - n|
@@ -73,6 +65,7 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
     r"""Pulls the two most similar columns apart: :math:`\max |W^T W - I|`, the largest entry.
 
     For columns of unit length that is the largest cosine between two of them: their coherence.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -82,15 +75,11 @@ def mutual_coherence(w: jax.Array) -> jax.Array:
       subgradient: shared equally by the entries that attain the maximum.
 
     Raises:
-      ValueError: If `w` has fewer than two axes.
-      TypeError: If `w` is not floating.
+      ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
 
     Example:
       >>> print(mutual_coherence(jnp.array([[1.0, 0.5], [0.0, 1.0]])))
       0.5
-
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equation 5.
     """
     deviation = _deviation("mutual_coherence", w)
     # The magnitudes, with slope zero at zero, where `abs` of a complex number has none.
@@ -105,14 +94,14 @@ def lambda_orthogonality(
     r"""Keeps matrices near orthogonal ones, but free to adapt within a radius (λ-orthogonality).
 
     With :math:`x = \|W^T W - I\|_F`, not squared, the penalty is :math:`\sigma(\alpha (x -
-    \lambda)) \, x`: the whole distance where it exceeds the radius λ, and fading below. Of all
-    matrices it holds those back that are further than λ from orthogonal, and lets the others adapt.
+    \lambda)) \, x`: the whole distance where it exceeds the radius λ, and fading below.
 
-    Inside the radius the force is small but not zero. It is strongest near the radius, where it is
-    :math:`\alpha \lambda / 4 + 1/2`, and falls to 1 outside: times the strength of the penalty, it
-    must exceed the pull of the data there, or the matrix escapes. More than that only slows the
-    optimizer. The distance settles a little below the radius; for exactly orthogonal matrices,
-    radius 0, take `orthax.keep_orthogonal`.
+    The force is strongest near the radius, :math:`\alpha \lambda / 4 + 1/2`, and falls to 1
+    outside: times the strength of the penalty, it must exceed the pull of the data there, or the
+    matrix escapes. More than that only slows the optimizer. The distance settles a little below the
+    radius; for exactly orthogonal matrices, radius 0, take `orthax.keep_orthogonal`.
+    Reference: Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning,
+    2025, <https://arxiv.org/abs/2509.16664>, equation 6.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
@@ -122,22 +111,16 @@ def lambda_orthogonality(
       sharpness: α, at least 0: how suddenly the gate closes. The paper does not state its own.
 
     Returns:
-      Scalar, the sum over all matrices; at least 0, and 0 iff all are orthogonal. The gradient at
-      exactly orthogonal matrices is zero.
+      Scalar, the sum over all matrices; 0, with gradient 0, iff all are orthogonal, else positive.
 
     Raises:
-      ValueError: If `w` has fewer than two axes, `radius` or `sharpness` is negative or NaN,
-        or `sharpness` infinite.
-      TypeError: If `w` is not floating, or `radius` or `sharpness` no number.
+      ValueError: If `w` has fewer than two axes, `radius` or `sharpness` is negative or NaN, or
+        `sharpness` infinite; TypeError: if `w` is not floating, or one of them no number.
 
     Example:
       >>> w = jnp.array([[2.0, 0.0], [0.0, 1.0]])  # 3 from orthogonal
       >>> print(lambda_orthogonality(w, radius=1.0).round(2), lambda_orthogonality(w, 4.0).round(2))
       3.0 0.0
-
-    Reference:
-      Ricci et al., λ-Orthogonality Regularization for Compatible Representation Learning, 2025,
-      <https://arxiv.org/abs/2509.16664>, equation 6.
     """
     call = "lambda_orthogonality"
     check.number(f"{call}: radius", radius, "[0, inf]")

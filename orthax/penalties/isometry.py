@@ -16,14 +16,14 @@ def spectral_restricted_isometry(
 ) -> jax.Array:
     r"""Pulls the singular value that is furthest from 1 towards it (SRIP).
 
-    :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s. It is
-    estimated by power iteration on products with vectors; the Gram matrix is never formed.
+    :math:`\sigma_{\max}(W^T W - I)` is the largest :math:`|s^2 - 1|` over singular values s,
+    estimated by power iteration with products with vectors: no Gram matrix.
+    Reference: Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
 
     Args:
       w: Matrices, shape (..., m, n), real or complex floating. Columns, or the rows where m < n.
-      steps: Steps of the power iteration, at least 1, from a fixed random vector. The paper takes
-        2 from a new random vector each time. In training, `warm_spectral_restricted_isometry` does
-        with 1.
+      steps: Steps of the power iteration, at least 1, from a fixed random vector (the paper: 2 from
+        a new one each time). `warm_spectral_restricted_isometry` does with 1.
       squared: Whether to square the norm, as the paper's code does.
 
     Returns:
@@ -38,9 +38,6 @@ def spectral_restricted_isometry(
     Example:
       >>> print(spectral_restricted_isometry(jnp.array([[2.0, 0.0], [0.0, 1.0]])).round(4))
       3.0
-
-    Reference:
-      Bansal, Chen and Wang, 2018, <https://arxiv.org/abs/1810.09102>, equations 8 and 9.
     """
     init, apply = _restricted_isometry("spectral_restricted_isometry", steps, squared)
     return apply(w, init(w))[0]
@@ -57,20 +54,17 @@ def warm_spectral_restricted_isometry(*, steps: int = 1, squared: bool = False) 
       squared: Whether to square the norm.
 
     Returns:
-      A `WithMemory` for `orthax.add_penalty`, or for a loss by hand: `init(w)` gives the first
-      vector, `apply(w, vector)` the penalty and the next vector.
-      Memory: float32 or more precise, one vector of min(m, n) entries per matrix.
+      A `WithMemory` for `orthax.add_penalty` or by hand: `init(w)` gives the first vector,
+      `apply(w, vector)` the penalty and the next: min(m, n) entries per matrix, at least float32.
 
     Raises:
       ValueError: If `steps` is less than 1; in `apply`, if `w` has fewer than two axes.
       TypeError: If `steps` is no integer; in `apply`, if `w` is not floating.
 
     Example:
-      >>> init, apply = warm_spectral_restricted_isometry()
+      >>> init, apply = warm_spectral_restricted_isometry(steps=3)
       >>> w = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-      >>> vector = init(w)
-      >>> for _ in range(3):
-      ...     penalty, vector = apply(w, vector)
+      >>> penalty, vector = apply(w, init(w))
       >>> print(penalty.round(4))
       3.0
     """
@@ -97,8 +91,7 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
         def deviation_times(v: jax.Array, y: jax.Array) -> jax.Array:
             return _product(y, _product(y.mT.conj(), v)) - v
 
-        # Only the last application is differentiated, with the vector held constant, as in the
-        # derivative of an eigenvalue.
+        # Only the last application is differentiated, as the derivative of an eigenvalue takes.
         fixed = lax.stop_gradient(y)
         start = start_vector(call, vector, fixed, y.shape[-2])
         v = power_iteration(lambda v: deviation_times(v, fixed), start, steps - 1)

@@ -17,11 +17,9 @@ class ScaleByAdamPerIndexState(NamedTuple):
     """State of `scale_by_adam_per_index`.
 
     Attributes:
-      mu: First moment, like the updates.
-      nu: Second moment, like the updates, real.
-      mu_weight: Sum of the weights that went into each index of `mu`, 1 - b1**age: shape of the
-        updates, with 1 for every axis but the index's; float32 for 16-bit updates.
-      nu_weight: The same of `nu`, 1 - b2**age.
+      mu: First moment, like the updates; `nu`: second, real.
+      mu_weight: Sum of the weights that went into each index of `mu`, 1 - b1**age, with one entry
+        along the other axis; float32 for 16-bit updates. `nu_weight`: the same of `nu`.
     """
 
     mu: optax.Updates
@@ -35,15 +33,15 @@ def scale_by_adam_per_index(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
-    mu_dtype: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Adam for `low_rank`, with an age for each index of the shorter axis.
 
     :math:`\mu / (1 - \beta_1^{t_j})` over :math:`\sqrt{\nu / (1 - \beta_2^{t_j})} + \epsilon`
-    with the age :math:`t_j` of index j: its number of updates since `low_rank` took it in. An index
-    that comes late starts like the first ones, with a step of 1; with one count for all, its first
-    step would be :math:`(1 - \beta_1) / \sqrt{1 - \beta_2} = 3.2`. Where no index ever changes, it
-    is `optax.scale_by_adam`.
+    with the age :math:`t_j` of index j, its number of updates since `low_rank` took it in. An index
+    that comes late starts with a step of 1, like the first ones; with one count for all, it would
+    be :math:`(1 - \beta_1) / \sqrt{1 - \beta_2} = 3.2`. Else it is `optax.scale_by_adam`.
+    Reference: Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
 
     Args:
       b1: Decay of the first moment, in [0, 1).
@@ -52,15 +50,13 @@ def scale_by_adam_per_index(
       mu_dtype: Dtype of the first moment. None: the update's; float32 for float16.
 
     Returns:
-      A transformation.
-      State: `ScaleByAdamPerIndexState`, two numbers per entry and two per index.
+      A transformation. State: `ScaleByAdamPerIndexState`, two numbers per entry and two per index.
       Sees: trees whose leaves' last two axes are (..., m, r) or (..., r, n), the indices along the
         shorter (rows of a square matrix), as `low_rank` makes them; needs no params.
 
     Raises:
-      ValueError: If `b1` or `b2` is outside [0, 1), `eps` negative or `mu_dtype` not floating; at
-        `init` or `update`, for a leaf of fewer than two axes.
-      TypeError: If one is no number; for an integer leaf.
+      ValueError: If `b1` or `b2` is outside [0, 1), `eps` negative or `mu_dtype` not floating, or a
+        leaf has fewer than two axes; TypeError: if one is no number; for an integer leaf.
 
     Example:
       >>> tx = scale_by_adam_per_index()
@@ -70,9 +66,6 @@ def scale_by_adam_per_index(
       [[ 1. -1.]
        [ 1.  1.]
        [ 0.  1.]]
-
-    Reference:
-      Kingma and Ba, Adam, 2014, <https://arxiv.org/abs/1412.6980>.
     """
     call = "scale_by_adam_per_index"
     check.number(f"{call}: b1", b1, "[0, 1)")

@@ -13,22 +13,19 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     r"""Clips the entries of each matrix at a quantile of their own magnitudes.
 
     With t the quantile of :math:`|M_{ij}|` over the matrix, the update is
-    :math:`\mathrm{sign}(M_{ij}) \min(|M_{ij}|, t)`: what soft thresholding at t takes away. The
-    threshold follows the matrix's scale, so a few huge entries no longer decide its singular
-    vectors.
+    :math:`\mathrm{sign}(M_{ij}) \min(|M_{ij}|, t)`, what soft thresholding at t takes away: a few
+    huge entries no longer decide the singular vectors, at any scale of the matrix.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
 
     Args:
-      quantile: Part of the entries that stay as they are, in [0, 1]: 1 clips nothing, 0 clips at
-        the smallest magnitude.
+      quantile: Part of the entries that stay, in [0, 1]: 1 clips nothing, 0 at the smallest.
 
     Returns:
-      A stateless transformation; complex entries keep their phase. Quantiles are those of each
-      matrix by itself, linear between neighbours and exact for ties, zeros and any range of
-      magnitudes. A matrix becomes zero if more than the part `quantile` of it is zero, and NaN if
-      an entry is NaN; infinities are clipped like other entries (complex ones, which have no phase,
-      become NaN).
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+      A stateless transformation; complex entries keep their phase. Quantiles are each matrix's own,
+      linear between neighbours and exact for ties, zeros and any range of magnitudes. A matrix
+      becomes zero if more than the part `quantile` of it is zero, and NaN if an entry is NaN;
+      infinities are clipped like other entries (complex ones, without a phase, become NaN).
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
       ValueError: If `quantile` is outside [0, 1]; at `update`, for a leaf of fewer than two axes.
@@ -40,9 +37,6 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
       >>> updates, _ = tx.update(outlier, tx.init(outlier))
       >>> print(updates)
       [[ 1. -2.  3. -4.  4.]]
-
-    Reference:
-      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
     check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 

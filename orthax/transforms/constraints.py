@@ -27,27 +27,24 @@ def keep_orthogonal(
     r"""Keeps every matrix orthogonal: the update ends at the orthogonal matrix nearest to its aim.
 
     Columns stay orthonormal where a matrix is tall or square, rows where it is wide. With polar the
-    retraction, the update is :math:`\mathrm{polar}(W + u) - W`. Put it last in the chain, after the
-    learning rate:
+    retraction, the update is :math:`\mathrm{polar}(W + u) - W`. It goes last in the chain:
 
         optax.chain(project_tangent(), optax.sgd(0.1, momentum=0.9), keep_orthogonal())
 
-    Parameters that are not orthogonal at first are so after the first update, unless `params +
-    updates` has not full rank.
+    Other params are orthogonal after the first update, if `params + updates` has full rank.
+    Reference: Absil et al., Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
 
     Args:
-      method: The retraction: function of matrices (..., m, n) to orthogonal ones, commuting with
-        transposition. The default takes Newton-Schulz steps until it is exact: one or two for
-        updates of spectral norm up to 0.02, six for 0.1, fewer for tangent ones;
-        `orthax.linalg.polar_svd` decomposes.
+      method: The retraction, of matrices (..., m, n), commuting with transposition. The default
+        takes Newton-Schulz steps until it is exact: one or two for updates of spectral norm up to
+        0.02, six for 0.1, fewer for tangent ones; `orthax.linalg.polar_svd` decomposes.
 
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. The spectral norm of
       :math:`W^T W - I` stays below 1e-5 for float32 params and updates (2e-6 over 10,000 updates at
-      768 x 768, benchmarks/penalties.py). It does not drift: each update starts from what the last
-      one left. In 16 bits, params and updates are rounded to these, and the constraint with them.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      768 x 768, benchmarks/penalties.py), without drift: each update starts where the last ended.
+      In 16 bits, params and updates are rounded to these, and the constraint with them.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
       ValueError: At `update`, without params or for a leaf of fewer than two axes.
@@ -60,9 +57,6 @@ def keep_orthogonal(
       >>> print((w + updates).round(3))
       [[ 0.707 -0.707]
        [ 0.707  0.707]]
-
-    Reference:
-      Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3.
     """
     check.function("keep_orthogonal: method", method)
     return _kept("keep_orthogonal", lambda aim, _: method(aim), share=ALL)
@@ -74,16 +68,15 @@ def project_tangent() -> optax.GradientTransformation:
     :math:`G - W \, \mathrm{sym}(W^T G)` for matrices with orthonormal columns, and :math:`G -
     \mathrm{sym}(G W^T) W` for wide ones with orthonormal rows: the Riemannian gradient. What it
     takes away leads off the manifold and would be undone by `keep_orthogonal`.
+    Reference: Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints,
+    1998, <https://arxiv.org/abs/physics/9806030>.
 
     Returns:
-      A stateless transformation; updates keep dtype, shape and sharding. Where the params are
-      orthogonal it is an orthogonal projection.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      A stateless transformation, an orthogonal projection; updates keep dtype, shape and sharding.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: At `update`, without params or for a leaf of fewer than two axes.
-      TypeError: At `update`, for an integer leaf.
+      ValueError: Without params or for fewer than two axes; TypeError: for an integer leaf.
 
     Example:
       >>> tx = project_tangent()
@@ -91,10 +84,6 @@ def project_tangent() -> optax.GradientTransformation:
       >>> print(updates)
       [[ 0. -1.]
        [ 1.  0.]]
-
-    Reference:
-      Edelman, Arias and Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998,
-      <https://arxiv.org/abs/physics/9806030>.
     """
 
     def projected(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -114,20 +103,18 @@ def keep_unit_neurons(
     r"""Keeps the weights of every neuron on a sphere: each column at the same length.
 
     Put it last in the chain, after the learning rate.
+    Reference: Absil, Mahony and Sepulchre, 2008: the oblique manifold.
 
     Args:
       radius: Length of the weights of each neuron, more than 0.
       axis: "output": the columns of `x @ W`, incoming weights of a neuron. "input": the rows.
 
     Returns:
-      A stateless transformation; updates keep dtype, shape and sharding. A neuron that an update
-      would make zero keeps its direction.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      A stateless transformation; a neuron that would become zero keeps its direction.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: If `radius` is not positive and finite or `axis` is unknown; at `update`, without
-        params or for a leaf of fewer than two axes.
+      ValueError: For a `radius` not in (0, inf), an unknown `axis`, no params, fewer than two axes.
       TypeError: If `radius` is no number; at `update`, for an integer leaf.
 
     Example:
@@ -137,9 +124,6 @@ def keep_unit_neurons(
       >>> print((w + updates).round(3))
       [[0.6 0. ]
        [0.8 1. ]]
-
-    Reference:
-      Absil, Mahony and Sepulchre, 2008: the oblique manifold.
     """
     check.number("keep_unit_neurons: radius", radius, "(0, inf)")
     check.choice("keep_unit_neurons: axis", axis, tuple(_AXES))
@@ -154,8 +138,7 @@ def keep_unit_neurons(
 def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTransformation:
     r"""Keeps every matrix on a sphere: the update ends at the Frobenius norm it started from.
 
-    The constraint of Hyperball optimizers, which need no weight decay. For their relative step,
-    scale the direction by the norm of the weights:
+    The constraint of Hyperball optimizers, which need no weight decay. With their relative step:
 
         optax.chain(orthogonalize(), optax.scale_by_trust_ratio(), optax.sgd(0.02), keep_norm())
 
@@ -166,12 +149,10 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
     Returns:
       A stateless transformation; updates keep dtype, shape and sharding. A matrix that an update
       would make zero keeps its direction; with None, a zero matrix stays zero.
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs params.
 
     Raises:
-      ValueError: If `radius` is not positive and finite; at `update`, without params or for a leaf
-        of fewer than two axes.
+      ValueError: For a `radius` not in (0, inf), no params at `update`, or fewer than two axes.
       TypeError: If `radius` is no number; at `update`, for an integer leaf.
 
     Example:

@@ -18,8 +18,7 @@ class NormalizeNeuronsState(NamedTuple):
     """State of `normalize_neurons`.
 
     Attributes:
-      rms: Root of each neuron's second moment, shape (..., 1, n) for neurons in columns and (...,
-        m, 1) for rows, real; float32 for 16-bit matrices.
+      rms: Root of each neuron's second moment, (..., 1, n) or, in rows, (..., m, 1), real, float32.
     """
 
     rms: optax.Updates
@@ -37,18 +36,16 @@ def normalize_neurons(
     :math:`\hat O_{ij} = O_{ij} / (\sqrt{v_j} + \epsilon)` and the update is
     :math:`\hat O \, \|O\|_F / \|\hat O\|_F`. There is no bias correction: a common factor cancels.
 
-    After an exact orthogonalisation of a matrix with no more columns than rows (fan_out <= fan_in)
-    all columns already have norm 1 and `axis="output"` changes nothing but what the approximation
-    left uneven. It acts on matrices with more neurons than inputs. `axis="long"` acts on either
-    kind.
+    After an exact orthogonalisation of a matrix with fan_out <= fan_in all columns already have
+    norm 1 and `axis="output"` changes nothing but what the approximation left uneven: it acts on
+    matrices with more neurons than inputs, and `axis="long"` on either kind.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
 
     Args:
       decay: Decay of the second moment, in [0, 1).
-      eps: Added to the RMS; an absolute number, as in the paper. Updates whose RMS is near it or
-        below are evened less.
-      axis: Which vectors count as neurons: "output" the columns, as in the paper and the Dion
-        repository; "long" the vectors that are counted along the longer side, as in modded-nanogpt
-        and NVIDIA's code. They agree for fan_out >= fan_in.
+      eps: Added to the RMS; an absolute number, as in the paper: updates near it are evened less.
+      axis: Which vectors are neurons: "output" the columns, as in the paper and Dion's repository;
+        "long" those along the longer (modded-nanogpt, NVIDIA); the same for fan_out >= fan_in.
 
     Returns:
       A transformation; a zero matrix gives exactly zero and the result is finite for finite input.
@@ -56,8 +53,7 @@ def normalize_neurons(
       Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1), `eps` is negative or `axis` is unknown; at `init` or
-        `update` for a leaf of fewer than two axes.
+      ValueError: For `decay` outside [0, 1), `eps` < 0, an unknown `axis` or fewer than two axes.
       TypeError: If `decay` or `eps` is no number; for an integer leaf.
 
     Example:
@@ -66,9 +62,6 @@ def normalize_neurons(
       >>> updates, _ = tx.update(uneven, tx.init(uneven))
       >>> print((updates / updates.max()).round(3))
       [[1. 1. 0.]]
-
-    Reference:
-      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, Algorithm 1.
     """
     check.number("normalize_neurons: decay", decay, "[0, 1)")
     check.number("normalize_neurons: eps", eps, "[0, inf)")
@@ -91,8 +84,7 @@ def normalize_neurons(
         rms = jnp.hypot(old, new).astype(rms.dtype)
         # Algorithm 1, the division by its root, entry by entry.
         divided = x / (rms + eps)
-        # The norm that the matrix had: the paper scales to a norm of its own, the official code as
-        # here. A matrix that eps made zero stays zero.
+        # The norm that the matrix had, as in the official code; the paper scales to its own.
         before, after = frobenius_norm(x), frobenius_norm(divided)
         return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 

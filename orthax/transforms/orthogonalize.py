@@ -18,30 +18,27 @@ def orthogonalize(
 ) -> optax.GradientTransformation:
     r"""Replaces every matrix by its (approximate) orthogonal polar factor.
 
-    That is the steepest descent direction under the spectral norm: all singular values become 1 and
-    the singular vectors stay.
+    The steepest descent direction under the spectral norm: singular values 1, the same vectors.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein
+    and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
 
     Args:
-      method: Function of matrices (..., m, n) to matrices of the same shape and dtype. With `stack`
-        it must commute with transposition, as every polar factor does. The default chooses by
-        shape, dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the polar factor,
-        and slower.
-      stack: Whether matrices of one dtype and shape, up to transposition, are stacked so that
-        `method` is called once per shape. Makes programs smaller and faster to compile. Leaves on
-        Auto mesh axes are not stacked, since only the compiler knows how each is sharded; leaves on
-        Explicit axes share a stack with those of the same sharding.
+      method: Function of matrices (..., m, n) to such of the same shape and dtype; with `stack` it
+        must commute with transposition, as every polar factor does. The default chooses by shape,
+        dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the factor, and slower.
+      stack: Whether matrices of one dtype and shape, up to transposition, are stacked, `method`
+        called once per shape: smaller programs, faster to compile. Leaves on Auto mesh axes are not
+        stacked, as only the compiler knows how they are sharded; on Explicit axes, per sharding.
       **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
 
     Returns:
       A stateless transformation; updates keep shape, dtype and sharding, on Auto and Explicit
       meshes. (On Auto axes the compiler gathers a decomposition such as `polar_svd`'s.)
-      State: none.
-      Sees: trees whose leaves' last two axes are the matrix; needs no params.
+      State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
-      TypeError: At construction, for an option that `method` does not have; at `update`, for an
-        integer leaf.
-      ValueError: At `update`, for a leaf of fewer than two axes, or what `method` raises.
+      TypeError: At construction, for an option that `method` lacks; at `update`, for an integer
+        leaf; ValueError: at `update`, for a leaf of fewer than two axes, or what `method` raises.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,10 +48,6 @@ def orthogonalize(
       >>> print(abs(updates["w"]).round(3))
       [[0. 1.]
        [1. 0.]]
-
-    Reference:
-      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Bernstein and
-      Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
     """
     check.function("orthogonalize: method", method)
     check.flag("orthogonalize: stack", stack)
@@ -74,7 +67,5 @@ def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) ->
     known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][1:]
     for option in options:
         if option not in known:
-            raise TypeError(
-                f"orthogonalize: {name} has no option {option!r}; "
-                f"it has {', '.join(known) or 'none'}."
-            )
+            has = ", ".join(known) or "none"
+            raise TypeError(f"orthogonalize: {name} has no option {option!r}; it has {has}.")

@@ -1,6 +1,5 @@
 """`add_penalty`: the gradient of a penalty on the weights, as `optax.add_decayed_weights` does."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
+from jax.tree_util import KeyPath
 
 from orthax.base import check
 from orthax.base.leaves import (
@@ -25,11 +25,9 @@ _CALL = "add_penalty"
 
 
 class AddPenaltyState(NamedTuple):
-    """State of `add_penalty`.
+    """State of `add_penalty`: a count for schedules, and the memories of penalties, by leaf.
 
-    Attributes:
-      count: Updates so far, for a schedule.
-      memory: For each leaf with a penalty `WithMemory`, its memory; `optax.MaskedNode` elsewhere.
+    Where a penalty is no `WithMemory` there is an `optax.MaskedNode`.
     """
 
     count: jax.Array
@@ -43,48 +41,39 @@ def add_penalty(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds strength times the gradient of a penalty, at the params, to the updates.
 
-    Its place in the chain decides how the penalty acts, as with weight decay. Before the
-    preconditioner it is coupled: moments see it as a part of the gradient. Between the
-    preconditioner and the learning rate it is decoupled: a step of gradient descent on the penalty
-    beside the optimizer's.
+    Before the preconditioner it is coupled, as weight decay would be: moments see it as a part of
+    the gradient. Between the preconditioner and the learning rate it is decoupled: a step of
+    gradient descent on the penalty beside the optimizer's.
 
     Args:
       penalty: Function of one array to a real scalar, such as those of `orthax.penalties` and
-        `orthax.conv_penalties`; a `WithMemory`; or `PathRules` from paths to such, and to None
-        where there is no penalty. A path that no rule matches has none, unless `default` says
-        otherwise. In `optax.inject_hyperparams`, list it in `static_args`.
+        `orthax.conv_penalties`; a `WithMemory`; or `PathRules` from paths to such, and to None (so
+        are paths that no rule matches, without a `default`). In `optax.inject_hyperparams`, list it
+        in `static_args`.
       strength: Factor, at least 0, or a schedule of it.
       mask: As in `optax.masked`: a tree of booleans (or prefix), or a callable from params to one;
         False where there is no penalty. None: every leaf has one.
 
     Returns:
       A transformation whose updates keep shape, dtype and sharding; the gradient is computed in at
-      least float32. Of complex params it is the direction of steepest ascent, the conjugate of
-      `jax.grad`'s.
-      State: `AddPenaltyState`; what penalties with a memory keep, whole on every device of a mesh
-        (on Auto axes the compiler may lay it out otherwise), and a count.
-      Sees: any leaf that its penalty takes; needs params. Wrapped in `orthax.as_matrices`, kernels
-      of any rank are matrices for the penalty; sections of a packed leaf have paths that end in
-      their number.
+      least float32. Of complex params it is the steepest ascent, the conjugate of `jax.grad`'s.
+      State: `AddPenaltyState`; memories whole on each device of a mesh (Auto axes: as compiled).
+      Sees: any leaf that its penalty takes; needs params. In `orthax.as_matrices`, kernels of any
+        rank are matrices; sections of a packed leaf have paths that end in their number.
 
     Raises:
       ValueError: If `strength` is negative or not finite; at `init` or `update`, what the penalty
-        raises, with the leaf's path; at `update`, without params.
-      TypeError: If `penalty` or a value of the rules is no penalty, or `strength` no number; at
-        `update`, if a penalty gives no real scalar.
+        raises, with the leaf's path; at `update`, without params. TypeError: if `penalty` or a
+        value of the rules is none, `strength` no number, or a penalty's value no real scalar.
 
     Example:
       >>> from orthax.penalties import soft_orthogonality
       >>> params = {"kernel": 2 * jnp.eye(2), "bias": jnp.ones(2)}
-      >>> rules = PathRules(((r"kernel$", soft_orthogonality),))
-      >>> tx = optax.chain(add_penalty(rules, strength=0.1), optax.scale_by_learning_rate(0.1))
-      >>> state = tx.init(params)
-      >>> for _ in range(40):
-      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(params["kernel"].round(2))
-      [[1.01 0.  ]
-       [0.   1.01]]
+      >>> tx = add_penalty(PathRules(((r"kernel$", soft_orthogonality),)), strength=0.1)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> print(updates["kernel"], updates["bias"])
+      [[2.4 0. ]
+       [0.  2.4]] [0. 0.]
     """
     values = [value for _, value in penalty.rules] if isinstance(penalty, PathRules) else [penalty]
     values += [penalty.default] if isinstance(penalty, PathRules) else []
@@ -94,13 +83,13 @@ def add_penalty(
             check_measure(f"{_CALL}: penalty", value, accepted)
     check.number_or_schedule(f"{_CALL}: strength", strength, "[0, inf)")
 
-    def penalty_of(keys: Any) -> tuple[str, Any]:
+    def penalty_of(keys: KeyPath) -> tuple[str, Any]:
         path = path_text(keys)
         value = penalty.lookup(path)[0] if isinstance(penalty, PathRules) else penalty
         return path, None if value is ... else value
 
-    def init(params: Any) -> AddPenaltyState:
-        def memory(keys: Any, leaf: Any) -> Any:
+    def init(params: optax.Params) -> AddPenaltyState:
+        def memory(keys: KeyPath, leaf: Any) -> Any:
             path, value = penalty_of(keys)
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
@@ -112,8 +101,8 @@ def add_penalty(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, AddPenaltyState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, AddPenaltyState]:
         del extra
         check_params(_CALL, params)
         factor = strength(state.count) if callable(strength) else strength
@@ -144,18 +133,14 @@ def _naming(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"{_CALL}: '{path}': {error} Leaves without a penalty are left out by mask or by "
-            "orthax.PathRules."
-        ) from error
+        advice = "Leaves without a penalty are left out by mask or by orthax.PathRules."
+        raise kind(f"{_CALL}: '{path}': {error} {advice}") from error
 
 
 def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
     """Steepest ascent of the penalty at `w`, where it lies, and the next memory."""
-    if isinstance(penalty, WithMemory):
-        value_and_memory = penalty.apply
-    else:
-        value_and_memory = functools.partial(_with_memory, penalty)
+    remembers = isinstance(penalty, WithMemory)
+    value_and_memory = penalty.apply if remembers else lambda w, memory: (penalty(w), memory)
 
     def gradient(w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         # What is not floating is left as it is, for `jax.grad` to refuse.
@@ -170,7 +155,3 @@ def _gradient(penalty: Any, w: Any, memory: Any) -> tuple[jax.Array, Any]:
         whole = sharding.update(spec=PartitionSpec())
         out = sharding, jax.tree.map(lambda _: whole, memory)
     return laid_out(gradient, out)(w, memory)
-
-
-def _with_memory(penalty: Callable[[jax.Array], jax.Array], w: jax.Array, memory: Any) -> Any:
-    return penalty(w), memory

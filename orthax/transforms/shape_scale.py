@@ -1,7 +1,7 @@
 """Shape scales: the factor between an orthogonal direction and an update of a useful size.
 
-For a matrix of fan_in rows and fan_out columns, as in `x @ W`. Names say what is matched, since the
-field uses the word "spectral" for three of these.
+For matrices of fan_in rows and fan_out columns, as in `x @ W`. Names say what is matched: the field
+calls three of these "spectral".
 """
 
 import math
@@ -23,13 +23,10 @@ def scale_by_width() -> optax.GradientTransformation:
     r"""Scales by :math:`\sqrt{\max(1, \text{fan\_out} / \text{fan\_in})}`, as the original Muon.
 
     An orthogonal direction then has entries of RMS :math:`1 / \sqrt{\text{fan\_in}}`.
+    Reference: Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
-
-    Reference:
-      Jordan et al., Muon, 2024, <https://github.com/KellerJordan/Muon>.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
     """
     return _scale_by_shape(
         "scale_by_width", lambda rows, cols: math.sqrt(max(1, cols / max(1, rows)))
@@ -41,20 +38,17 @@ def scale_by_unit_rms() -> optax.GradientTransformation:
 
     An orthogonal direction then has RMS-to-RMS operator norm 1: inputs of unit RMS change the
     outputs by at most unit RMS, so that learning rates carry over between widths.
+    Reference: Bernstein and Newhouse, Old Optimizer, New Norm, 2024,
+    <https://arxiv.org/abs/2409.20325>.
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
-
-    Reference:
-      Bernstein and Newhouse, Old Optimizer, New Norm, 2024, <https://arxiv.org/abs/2409.20325>.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
     """
     return _scale_by_shape("scale_by_unit_rms", lambda rows, cols: math.sqrt(cols / max(1, rows)))
 
 
 def scale_by_adam_rms(
-    rms: jax.typing.ArrayLike = 0.2,
-    direction: Literal["orthogonal", "unit_norm"] = "orthogonal",
+    rms: jax.typing.ArrayLike = 0.2, direction: Literal["orthogonal", "unit_norm"] = "orthogonal"
 ) -> optax.GradientTransformation:
     r"""Scales a direction of known norm so that its entries have about the RMS of Adam's updates.
 
@@ -63,22 +57,19 @@ def scale_by_adam_rms(
     learning rates and weight decay then carry over. The norm is taken for granted, not measured: a
     direction of rank k below full has RMS :math:`r \sqrt{k / \min(\text{fan\_in},
     \text{fan\_out})}`; see `scale_to_rms`.
+    Reference: Liu et al., Muon is Scalable for LLM Training, 2025,
+    <https://arxiv.org/abs/2502.16982>, Lemma 1.
 
     Args:
       rms: The RMS r of the result; 0.2 is what Adam's updates have in practice.
       direction: What the update is: "orthogonal" (all singular values 1) or "unit_norm".
 
     Returns:
-      A stateless transformation.
-      Sees: trees whose leaves' last two axes are (fan_in, fan_out); needs no params.
+      A stateless transformation. Sees: leaves (..., fan_in, fan_out); needs no params.
 
     Raises:
       ValueError: If `rms` is negative or not finite, or `direction` is unknown.
       TypeError: If `rms` is no number, or `direction` no string.
-
-    Reference:
-      Liu et al., Muon is Scalable for LLM Training, 2025, <https://arxiv.org/abs/2502.16982>, Lemma
-      1.
     """
     check.number("scale_by_adam_rms: rms", rms, "[0, inf)")
     check.choice("scale_by_adam_rms: direction", direction, _DIRECTIONS)
@@ -93,17 +84,13 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
       rms: Root mean square of the result's entries.
 
     Returns:
-      A stateless transformation; a zero matrix stays zero.
-      Sees: trees whose leaves' last two axes are a matrix; needs no params.
+      A stateless transformation; a zero matrix stays zero. Sees: leaves (..., m, n), no params.
 
     Raises:
       ValueError: If `rms` is negative or not finite; at `update`, for a leaf of fewer than two
-        axes.
-      TypeError: If `rms` is no number; at `update`, for an integer leaf.
+        axes; TypeError: if `rms` is no number; at `update`, for an integer leaf.
 
-    Reference:
-      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>, whose learning rate is scaled
-      so.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491> (its learning rate).
     """
     check.number("scale_to_rms: rms", rms, "[0, inf)")
 

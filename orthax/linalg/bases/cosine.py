@@ -14,9 +14,8 @@ from orthax.linalg.elementary import wide
 Method = Literal["auto", "matrix", "fft"]
 
 FFT_FROM = {"cpu": 256}
-"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py); about
-the same for float64, float32 and bfloat16. Elsewhere, and on meshes, where an FFT is gathered,
-"auto" multiplies."""
+"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py), about
+the same in all dtypes. Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
 
 LONGEST = 2**15
 """For a matrix: integers up to 2 n**2 stay below 2**32."""
@@ -26,28 +25,23 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     r"""Orthonormal DCT-II of each row.
 
     :math:`y_k = s_k \sum_j x_j \cos(\pi k (2j + 1) / 2n)` with :math:`s_0 = \sqrt{1/n}` and
-    :math:`s_k = \sqrt{2/n}`: the product of `x` with `dct_matrix(n)`. Smooth rows have their energy
-    in the first few coefficients.
+    :math:`s_k = \sqrt{2/n}`, the product with `dct_matrix(n)`. Smooth rows need few coefficients.
+    Reference: Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
 
     Args:
       x: Shape (..., m, n), real or complex floating; the last axis is transformed.
       method: "matrix" multiplies by `dct_matrix(n)`, which shards without collectives over all axes
-        but the last; "fft" uses one FFT of length n (Makhoul, 1980), n log n operations a row;
-        "auto" takes the faster one by length and backend, and products on meshes.
+        but the last; "fft" takes n log n operations a row; "auto" the faster, products on meshes.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `method` is unknown.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or an unknown `method`; TypeError: if `x` is not floating.
 
     Example:
       >>> print(dct(jnp.ones((1, 4))).round(3))
       [[2. 0. 0. 0.]]
-
-    Reference:
-      Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28, 1980.
     """
     return _transformed("dct", x, method)
 
@@ -63,8 +57,7 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
       Same shape and dtype; 16-bit input is computed in float32.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `method` is unknown.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or an unknown `method`; TypeError: if `x` is not floating.
 
     Example:
       >>> x = jnp.array([[3.0, -1.0, 2.0]])
@@ -77,8 +70,7 @@ def idct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
 def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix of the orthonormal DCT-II, by which `dct` multiplies.
 
-    It is orthogonal, so its transpose is the matrix of the DCT-III, `idct`. Column k is a cosine of
-    k half periods. Entries are exact to the rounding of `dtype`.
+    Its transpose is that of `idct`. Column k is a cosine of k half periods, exact to rounding.
 
     Args:
       n: Length of a row, at most 32768.
@@ -104,17 +96,7 @@ def dct_matrix(n: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
 def dct_columns(
     n: int, indices: jax.Array, dtype: DTypeLike, *, transposed: bool = False
 ) -> jax.Array:
-    """Columns of the DCT-II matrix, or of its transpose, the DCT-III matrix.
-
-    Args:
-      n: Length of a column.
-      indices: Which, integers of shape (..., r).
-      dtype: Real floating.
-      transposed: Whether columns of the transpose are wanted.
-
-    Returns:
-      Shape (..., n, r).
-    """
+    """Columns of the DCT-II matrix, or its transpose, (..., n, r) for indices (..., r)."""
     if n > LONGEST:
         raise ValueError(f"dct: a matrix has at most {LONGEST} rows, got {n}.")
     place = jnp.reshape(jnp.arange(n, dtype=jnp.uint32), (*(1,) * (indices.ndim - 1), n, 1))
@@ -144,13 +126,11 @@ def cosine_transform(x: jax.Array, method: Method = "auto", *, inverse: bool = F
         method = "fft" if _fft_is_faster(x) else "matrix"
     if method == "fft":
         by_fft = _idct_by_fft if inverse else _dct_by_fft
-        return jax.lax.complex(by_fft(x.real), by_fft(x.imag)) if _is_complex(x) else by_fft(x)
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(by_fft(x.real), by_fft(x.imag))
+        return by_fft(x)
     matrix = dct_columns(n, jnp.arange(n), x.real.dtype, transposed=inverse)
     return jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
-
-
-def _is_complex(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def _fft_is_faster(x: jax.Array) -> bool:
@@ -161,9 +141,8 @@ def _fft_is_faster(x: jax.Array) -> bool:
 
 def _dct_by_fft(x: jax.Array) -> jax.Array:
     # Makhoul's order of the row, v = (x_0, x_2, x_4, ..., x_5, x_3, x_1), makes the cosine sum a
-    # Fourier sum of length n: y_k = s_k Re(exp(-i pi k / 2n) V_k), V the Fourier transform of v. As
-    # v is real, V_(n-k) is the conjugate of V_k, and the real part for n - k is minus the imaginary
-    # part for k: half of the spectrum gives all y.
+    # Fourier sum of length n: y_k = s_k Re(exp(-i pi k / 2n) V_k). As v is real, the real part for
+    # n - k is minus the imaginary part for k: half of the spectrum V gives all y.
     n = x.shape[-1]
     spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
     turned = spectrum * _turns(x).conj()
@@ -171,8 +150,7 @@ def _dct_by_fft(x: jax.Array) -> jax.Array:
 
 
 def _idct_by_fft(y: jax.Array) -> jax.Array:
-    # The same backwards: V_k = exp(i pi k / 2n) (y_k - i y_(n-k)) / s_k with y_n = 0, its transform
-    # v, and the two ends of v by turns are x.
+    # The same backwards: V_k = exp(i pi k / 2n) (y_k - i y_(n-k)) / s_k, y_n = 0; v's ends are x.
     n = y.shape[-1]
     half = n // 2 + 1
     mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., : n - half : -1]], axis=-1)

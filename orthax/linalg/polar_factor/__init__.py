@@ -1,5 +1,4 @@
 """The polar factor: polynomial and rational iterations, their step tables, and which to take when.
 
-`choice` is where `polar` picks a method; `tables`, `shape_tables` and `shipped_tables` make the
-coefficients that `orthax.linalg.coefficients` offers.
+`choice` is where `polar` picks a method; the `tables` files make `orthax.linalg.coefficients`.
 """

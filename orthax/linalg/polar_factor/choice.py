@@ -21,8 +21,8 @@ class Rule(NamedTuple):
 
     Attributes:
       accuracy: "fast" or "exact".
-      backend: Of JAX, or "any": that also stands for arrays on Auto axes of a mesh, on any backend,
-        where products shard and factorisations are gathered.
+      backend: Of JAX, or "any": also for arrays on Auto axes of a mesh, on any backend, where
+        products shard and factorisations are gathered.
       bits: Of a real number of the input, at least.
       aspect: Longer over shorter side, at least.
       method: Function of matrices.
@@ -57,17 +57,16 @@ RULES = (
 """The first line that fits decides.
 
 CPU: measured from 16 x 16 to 1024 x 8192 (benchmarks/orthogonality.py); the rational form is the
-fastest at its accuracy, or within a tenth of it, at every shape. Other backends: by operation
-counts, not measured.
+fastest at its accuracy, or within a tenth of it. Others: by operation counts, not measured.
 """
 
 
 def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Array:
     """Approximates the orthogonal polar factor by the fastest method for shape, dtype and backend.
 
-    On CPU that is `zolotarev`; elsewhere, and for arrays on Auto mesh axes, `newton_schulz` or, for
-    long matrices, `gram_newton_schulz`: they consist of matrix products alone. Vectors (a side of
-    1) are divided by their norm. To name the method instead: `orthax.orthogonalize(newton_schulz)`.
+    On CPU that is `zolotarev`; elsewhere, and on Auto mesh axes, `newton_schulz` or, for long
+    matrices, `gram_newton_schulz`, matrix products alone. Vectors (a side of 1) are divided by
+    their norm. To name the method: `orthax.orthogonalize(newton_schulz)`.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -78,12 +77,10 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
     Returns:
       Same shape and dtype. Singular values, for a smallest of r relative to the Frobenius norm, in
       float32 and up to 8192 rows: "fast": [0.79, 1.21] for r of at least 2e-3 (1e-3 up to 512
-      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. A zero matrix gives exactly
-      zero, a NaN or infinity NaN.
+      rows), less below; "exact": [0.93, 1.07] for r of at least 1e-5. Zero gives zero, inf NaN.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `accuracy` is unknown.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or an unknown `accuracy`; TypeError: if not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,24 +110,20 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
     r"""Orthogonal polar factor :math:`U V^T` of each matrix :math:`x = U S V^T`.
 
     It is the orthonormal matrix nearest to `x`, and what the faster methods approximate. Singular
-    values that count as zero stay zero, so the result is a partial isometry for rank-deficient
-    input.
+    values that count as zero stay zero: of rank-deficient input it is a partial isometry.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       rtol: Singular values of at most rtol times the largest count as zero. None: max(m, n) eps,
-        the most that rounding may make of a zero. That cuts off much of real momentum in float32,
-        whose singular values are mostly tiny: on a matrix of width 768 from early in training, half
-        of the directions. With `rtol=1e-7` it keeps nearly all.
+        the most that rounding may make of a zero. That cuts off much of real momentum in float32:
+        half of the directions of a matrix of width 768 early in training; `rtol=1e-7` nearly none.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32. Zero for a zero matrix. A NaN or
-      infinity gives NaN. Gradients are those of `jnp.linalg.svd`: not finite where singular values
-      repeat.
+      infinity gives NaN. Gradients (`jnp.linalg.svd`'s) are not finite for equal singular values.
 
     Raises:
-      ValueError: If `x` has fewer than two axes or `rtol` is negative.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or a negative `rtol`; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp

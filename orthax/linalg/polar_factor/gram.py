@@ -39,33 +39,31 @@ def gram_newton_schulz(
     r"""Does what `newton_schulz` does, faster for long matrices: one side at least twice the other.
 
     A step multiplies :math:`X` by :math:`P = a I + b R + c R^2` with :math:`R = X X^T` of the
-    shorter side. All of these commute, so the small matrices can be iterated alone, the product of
-    the steps :math:`Q \leftarrow P Q` and the Gram matrix :math:`R \leftarrow P R P`, and X be
-    multiplied by Q once at the end: two long products in all instead of two per step.
+    shorter side. As these commute, the small matrices are iterated alone, the product of the steps
+    :math:`Q \leftarrow P Q` and the Gram matrix :math:`R \leftarrow P R P`, and X is multiplied by
+    Q once at the end: two long products in all instead of two per step.
 
     Use it in float32: its rounding grows with the steps, and is held in check by restarts, each
     two long products more. In bfloat16 nearly every step needs one, which leaves no gain.
+    Reference: Dao AI Lab, Gram Newton-Schulz, 2026,
+    <https://github.com/Dao-AILab/gram-newton-schulz>.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       coefficients: As in `newton_schulz`.
       restarts: Steps (0 is the first) before which Q is applied to X and R formed anew, increasing.
-        None: chosen from the table and the dtype, as few as keep what rounding does below 2e-2 of
-        any singular value.
-      dtype: As in `newton_schulz`, of the long products. Those of the Gram matrix's size are
-        computed in at least float32.
-      precision: Passed to `jnp.matmul` for the long products. None: "highest" for the Gram matrix,
-        whose rounding the restarts are chosen for, and the backend's default for the other.
+        None: as few as keep what rounding does below 2e-2 of any singular value.
+      dtype: As in `newton_schulz`, of the long products; the others are in at least float32.
+      precision: Of the long products, for `jnp.matmul`. None: "highest" for the Gram matrix, whose
+        rounding the restarts are chosen for, and the backend's default for the other.
       eps: As in `newton_schulz`.
 
     Returns:
-      As `newton_schulz` with the same coefficients, but for rounding. A zero matrix gives exactly
-      zero, a NaN or infinity NaN.
+      As `newton_schulz` with the same coefficients, but for rounding.
 
     Raises:
       ValueError: If `x` has fewer than two axes, a row of coefficients is not a triple, or
-        `restarts` are not increasing steps of the table, from 1.
-      TypeError: If `x` is not floating.
+        `restarts` are not increasing steps of the table, from 1; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,9 +72,6 @@ def gram_newton_schulz(
       >>> q = gram_newton_schulz(x, coefficients.minimax(8, 1e-3))
       >>> bool(jnp.allclose(q, jnp.eye(2, 3), atol=1e-3))
       True
-
-    Reference:
-      Dao AI Lab, Gram Newton-Schulz, 2026, <https://github.com/Dao-AILab/gram-newton-schulz>.
     """
     check_matrices("gram_newton_schulz", x)
     eps = check_iteration("gram_newton_schulz", dtype, eps)
@@ -115,12 +110,7 @@ def _factor(y: jax.Array, table: Table, precision: lax.PrecisionLike) -> jax.Arr
 
 @functools.cache
 def best_restarts(table: Table, eps: float) -> tuple[int, ...]:
-    """The fewest restarts, and their best places, that keep rounding within `LARGEST_ERROR`.
-
-    Args:
-      table: Step table.
-      eps: Machine epsilon of the long products.
-    """
+    """The fewest restarts that keep rounding by `eps` within `LARGEST_ERROR`, at best places."""
     # All placements of one restart, then of two, ...: a table has few rows, and this runs once.
     for count in range(len(table)):
         places = itertools.combinations(range(1, len(table)), count)
@@ -134,8 +124,7 @@ def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
     """What rounding does to the smallest singular values, relative to their result.
 
     A zero eigenvalue of the Gram matrix is off by a few units of rounding, to either side; the
-    steps of a segment are applied to it in float64. The factor itself is rounded before it
-    multiplies a matrix of norm 1.
+    steps of a segment are applied to it in float64. The factor is rounded before it multiplies.
     """
     # The Gram matrix is formed in at least float32, whatever the dtype of the long products.
     off = 4 * min(eps, float(np.finfo(np.float32).eps))

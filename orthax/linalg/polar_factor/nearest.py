@@ -26,12 +26,12 @@ STEP = (15 / 8, -10 / 8, 3 / 8)
 def nearest_orthogonal(x: jax.Array) -> jax.Array:
     r"""Finds the orthogonal matrix nearest to each matrix, exact to rounding.
 
-    Meant for weights that shall stay orthogonal: called after an update, it brings them back. The
-    steps :math:`Y \leftarrow (15 I - 10 R + 3 R^2) Y / 8`, :math:`R = Y Y^T` of the shorter side,
-    cube the distance of every singular value from 1. A matrix that is nearly
-    orthogonal, as weights are after a small update, needs one or two, of three products. Others are
-    divided by their Schatten-4 norm first and take more, about four for every factor of ten between
-    their largest and smallest singular value.
+    Meant for weights that shall stay orthogonal, after an update. The steps :math:`Y \leftarrow (15
+    I - 10 R + 3 R^2) Y / 8`, :math:`R = Y Y^T` of the shorter side, cube the distance of every
+    singular value from 1. A nearly orthogonal matrix needs one or two, of three products. Others
+    are divided by their Schatten-4 norm first and take more, about four for every factor of ten
+    between their largest and smallest singular value.
+    Reference: Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration).
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -39,23 +39,16 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
     Returns:
       Same shape and dtype; 16-bit input is computed in float32. Columns (rows of a wide matrix) are
       orthonormal to rounding: in float32 the spectral norm of :math:`Q^T Q - I` is below 5e-6 up to
-      1024 columns. Singular values below 1e-8 of the largest stay short of 1 and those that are
-      zero stay zero; a zero matrix gives zero, a NaN or infinity NaN. The number of steps depends
-      on the values, so there is no gradient in reverse mode.
+      1024 columns. Singular values below 1e-8 of the largest stay short of 1, those that are zero
+      zero; a NaN or infinity gives NaN. As steps depend on values, it has no reverse-mode gradient.
 
     Raises:
-      ValueError: If `x` has fewer than two axes.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.
 
     Example:
-      >>> q = nearest_orthogonal(jnp.array([[3.0, 0.0], [0.0, -0.1], [0.0, 0.0]]))
-      >>> print(q.round(6))
+      >>> print(nearest_orthogonal(jnp.array([[3.0, 0.0], [0.0, -0.1]])).round(6))
       [[ 1.  0.]
-       [ 0. -1.]
-       [ 0.  0.]]
-
-    Reference:
-      Higham, Functions of Matrices, 2008, chapter 8 (a Padé iteration for the polar factor).
+       [ 0. -1.]]
     """
     check_matrices("nearest_orthogonal", x)
     if x.size == 0:

@@ -40,38 +40,34 @@ def newton_schulz(
     The matrix is divided by its Frobenius norm; then each step maps every singular value s to
     :math:`a s + b s^3 + c s^5`, nearer to 1, and leaves singular vectors alone:
     :math:`X \leftarrow a X + (b A + c A^2) X` with :math:`A = X X^T` on the shorter side.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Amsel et
+    al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
       coefficients: One (a, b, c) per step; its length is the number of steps. Or a callable
-        `(m, n) -> table` of the shorter and the longer side, evaluated while tracing, such as
-        `coefficients.for_shape`.
+        `(m, n) -> table` of shorter and longer side, while tracing, as `coefficients.for_shape`.
       prescale: How the singular values are brought below 1 before the first step; the nearer to 1
         they start, the nearer they end. None costs a product: A is what the first step needs.
 
         - "frobenius": division by the Frobenius norm.
-        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, which is smaller, by up to the
-          fourth root of the number of singular values.
+        - "schatten": by the Schatten-4 norm :math:`\|A\|_F^{1/2}`, smaller by up to rank^(1/4).
         - "aol": each row of the shorter side times :math:`(\sum_j |A_{ij}|)^{-1/2}`. The smallest
           singular values start 5 to 50 times larger, but the result is the polar factor of the
-          matrix with other row lengths: 0.006 away from the wanted one for Gaussian rows of equal
-          scale and 0.2 for rows of very different ones.
+          matrix with other row lengths: 0.006 away for Gaussian rows, 0.2 for very different ones.
       dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input on CPU, where
-        16-bit products are no faster. bfloat16 halves the cost on accelerators and leaves singular
-        values about 1e-2 off.
+        16-bit products are no faster. bfloat16 halves the cost on accelerators, with 1e-2 errors.
       precision: Passed to `jnp.matmul`, such as "highest" on TPU.
       eps: A matrix whose largest absolute entry is at most this counts as zero.
 
     Returns:
       Same shape and dtype. A singular value that is r of the Frobenius norm becomes
       `coefficients.scalar_map(table, r)`: with `POLAR_EXPRESS` it lies in [0.859, 1.141] for r of
-      at least 1e-3 and near 989 r below (benchmarks/coefficients.py). A zero matrix gives exactly
-      zero, a NaN or infinity NaN. Differentiable, also at rank-deficient input; not at zero, where
-      the gradient is zero.
+      at least 1e-3 and near 989 r below (benchmarks/coefficients.py). A NaN or infinity gives NaN.
+      Differentiable, also at rank-deficient input; a zero matrix and its gradient are zero.
 
     Raises:
-      ValueError: If `x` has fewer than two axes, or a row of coefficients is not a triple.
-      TypeError: If `x` is not floating.
+      ValueError: For fewer than two axes or a row that is no triple; TypeError: if not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,10 +75,6 @@ def newton_schulz(
       >>> q = newton_schulz(jnp.diag(jnp.array([3.0, 0.01])), coefficients.minimax(8, 1e-3))
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=1e-5))
       True
-
-    Reference:
-      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; Amsel et al., The
-      Polar Express, 2025, <https://arxiv.org/abs/2505.16932>.
     """
     check_matrices("newton_schulz", x)
     check.choice("newton_schulz: prescale", prescale, _PRESCALES)

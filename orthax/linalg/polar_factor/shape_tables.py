@@ -44,17 +44,18 @@ def for_shape(
 ) -> Table:
     r"""Makes the step table that is most accurate on random matrices of one shape.
 
-    `newton_schulz(x, for_shape)` uses it. The longer a random matrix, the nearer its singular
-    values lie to each other, and a table that is made for where they lie serves them better than
-    one for all of [0, 1]. It has the least mean square distance of singular values from 1 after all
-    steps. They are assumed to be those of a Gaussian matrix over its Frobenius norm (the
-    Marchenko-Pastur law, with a side ratio of 1:16 for longer matrices too). A share of 0.0015 is
-    spread evenly in the logarithm over [1e-5, 1], or tables of wide shapes would give up the small
-    singular values of real momentum.
+    For `newton_schulz(x, for_shape)`. The longer a random matrix, the nearer its singular values
+    lie to each other, and a table for where they lie serves them better than one for all of [0, 1].
+    It has the least mean square distance of singular values from 1 after all steps. They are
+    those of a Gaussian matrix over its Frobenius norm (the Marchenko-Pastur law, with a side ratio
+    of 1:16 for longer matrices too), but a share of 0.0015 is spread evenly in log over [1e-5, 1],
+    or tables of wide shapes would lose small singular values.
 
     No singular value in [0, 1] ends above 1.3, and none beyond the first row's crest below 0.7,
     even (0.69) if every step is off by 1 % of its largest value: bfloat16 was seen to be 0.7 % off.
     There is no safety factor. All steps but the last map [0, 1] into itself.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for coefficients by shape
+    (AdaNewton); the spectrum, the constraints and the fit are not from there.
 
     Args:
       m: Size of one side.
@@ -63,8 +64,7 @@ def for_shape(
       shared: Whether all rows are the same, the form of ROOT: values below 1.3 as well, without the
         floor of 0.7, and an error on Gaussian matrices 1.1 to 12 times smaller than that of `ROOT`.
         But one triple cannot be accurate and lift small singular values too: the slope at zero is
-        116 to 412 for these shapes (`MUON`: 485), and real momentum ends up to 2.3 times as far
-        from orthogonal.
+        116 to 412 (`MUON`: 485), and real momentum ends up to 2.3 times as far from orthogonal.
       spectra: Singular values that the table shall serve as well, one array per matrix, of any
         length and scale. They take over a quarter of the law's weight, in equal parts.
 
@@ -76,8 +76,7 @@ def for_shape(
       with the four tables of `ROOT`, in their order, and 0.95, 0.034, 0.035 and 0.035 of that with
       `minimax(5, 2e-3, cushion=0, safety=1)`, which diverges in bfloat16. Real momentum is far from
       Gaussian: these tables leave it 0.50 to 0.55 from orthogonal (root mean square of the stored
-      spectra), `MUON` 0.58, `POLAR_EXPRESS` 0.48 and `minimax(8, 1e-4)` 0.17. All this is checked
-      by tests/linalg/test_for_shape.py.
+      spectra), `MUON` 0.58, `POLAR_EXPRESS` 0.48, `minimax(8, 1e-4)` 0.17. tests/linalg checks it.
 
     Raises:
       ValueError: If a side or the number of steps is less than 1, or a spectrum is not a 1-D array
@@ -90,10 +89,6 @@ def for_shape(
       >>> likely = np.linspace(0.5, 1.5, 101) / 512**0.5
       >>> bool(np.all(abs(scalar_map(table, likely) - 1) < 0.01))
       True
-
-    Reference:
-      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>, for the idea of coefficients by
-      shape (AdaNewton); the spectrum, the constraints and the fit are not from there.
     """
     short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
     steps = check.integer("for_shape: steps", steps)
@@ -196,8 +191,8 @@ def _marchenko_pastur(short: int, long: int, points: int = 500) -> Weighted:
     """Nodes and weights of the Marchenko-Pastur law, for Gaussian matrices over their norm.
 
     With y the aspect ratio, squares are ((1 - sqrt(y))^2 + 4 sqrt(y) sin(t/2)^2) / short where t in
-    [0, pi] has density 2 sin(t)^2 / (pi short square). Midpoint rule in sqrt(t), which is fine
-    where the smallest singular values are. The singular value of a vector is 1.
+    [0, pi] has density 2 sin(t)^2 / (pi short square). The midpoint rule in sqrt(t) is fine where
+    the smallest singular values are. A vector's is 1.
     """
     root = np.sqrt(max(short / long, NARROWEST) if short > 1 else NARROWEST)
     u = (np.arange(points) + 0.5) / points

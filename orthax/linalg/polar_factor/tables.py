@@ -1,7 +1,7 @@
 r"""Step tables: what they are, what they do to a singular value, the best one for an interval.
 
-A row (a, b, c) stands for a step that maps every singular value s to a s + b s^3 + c s^5. The steps
-of a table together take the singular values of a matrix of unit Frobenius norm towards 1.
+A row (a, b, c) is a step that maps every singular value s to a s + b s^3 + c s^5. A table of such
+takes the singular values of a matrix of unit Frobenius norm towards 1.
 """
 
 from collections.abc import Sequence
@@ -47,42 +47,35 @@ def scalar_map(coefficients: Sequence[Row], singular_values: ArrayLike) -> np.nd
 
 
 def minimax(
-    steps: int,
-    lower: float,
-    *,
-    cushion: float = 0.02407327424182761,
-    safety: float = 1.01,
+    steps: int, lower: float, *, cushion: float = 0.02407327424182761, safety: float = 1.01
 ) -> Table:
     r"""Makes the step table whose worst error on singular values in [lower, 1] is least.
 
     Each step takes the best odd quintic for the interval that the steps before leave; no other
     table of as many steps comes nearer to 1 (Polar Express, Theorem 3.1). Computed in float64.
+    Reference: Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>,
+    Algorithm 1 and Appendix G.
 
     Args:
       steps: Number of rows, at least 1.
       lower: Smallest singular value, relative to the Frobenius norm, that shall reach 1; in (0, 1).
       cushion: Each step is designed for no less than this fraction of its upper end and then
-        recentred, which keeps small singular values from losing ground in low precision. 0 is the
-        optimum in exact arithmetic.
+        recentred, so that small singular values lose no ground in low precision. In exact
+        arithmetic 0 is optimal.
       safety: Every row but the last is built for singular values this factor larger, so that
-        rounding cannot push one out of the basin. 1 is the optimum in exact arithmetic.
+        rounding pushes none out of the basin. 1 is optimal in exact arithmetic.
 
     Returns:
       The table. The error is largest on `lower` and 1; `scalar_map` tells it.
 
     Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If one is of the wrong kind.
+      ValueError: If an argument is out of range; TypeError: if one is of the wrong kind.
 
     Example:
       >>> table = minimax(5, 1e-3, cushion=0.0, safety=1.0)
       >>> s = np.geomspace(1e-3, 1, 1000)
       >>> round(float(abs(scalar_map(table, s) - 1).max()), 3)
       0.113
-
-    Reference:
-      Amsel et al., The Polar Express, 2025, <https://arxiv.org/abs/2505.16932>, Algorithm 1 and
-      Appendix G.
     """
     steps = check.integer("minimax: steps", steps)
     lower = check.number("minimax: lower", lower, "(0, 1)", static=True)

@@ -30,9 +30,7 @@ class SignFunction(NamedTuple):
     r"""Zolotarev's function :math:`f(s) = M s (1 + \sum_j a_j / (s^2 + t_j))`.
 
     Attributes:
-      scale: M.
-      residues: The a_j.
-      shifts: The t_j, increasing.
+      scale: M; `residues`: the a_j; `shifts`: the t_j, increasing.
       error: Largest :math:`|f(s) - 1|` on [lower, 1]; attained on both sides of 1.
     """
 
@@ -111,6 +109,8 @@ def zolotarev(
     With :math:`R = X X^T` of the shorter side and X divided by its Schatten-4 norm (the root of
     R's Frobenius norm), a pass returns :math:`M (I + \sum_j a_j (R + t_j I)^{-1}) X`. It maps a
     singular value s to :math:`M s (1 + \sum_j a_j / (s^2 + t_j))`, Zolotarev's function.
+    Reference: Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via
+    the matrix sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -120,8 +120,8 @@ def zolotarev(
         degree 1, so it adds one inverse and two products.
       lower: The smallest singular value that the last pass shall bring that near to 1; with one
         pass, relative to the Schatten-4 norm. A larger one makes the others more accurate. None:
-        1e-3, or the smallest that rounding admits for degree, shape and dtype where that is more
-        (in float32 and 768 rows, 1.0e-3 for degree 2 and 1.9e-3 for degree 3).
+        1e-3, or the least that rounding admits for degree, shape and dtype if that is more (in
+        float32 and 768 rows, 1.0e-3 for degree 2 and 1.9e-3 for degree 3).
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32. Finite for every finite input, a
@@ -132,24 +132,17 @@ def zolotarev(
       - degree 2, one pass: [0.80, 1.20] for r of at least 1.0e-3, near 800 r below;
       - degree 3, one pass: [0.95, 1.05] for r of at least 1.9e-3, near 500 r below;
       - degree 2, two passes: [0.80, 1.20] for r of at least 1.4e-6;
-      - degree 3, two passes: [0.95, 1.05] for r of at least 2.6e-6.
-
-      The last is as near as float32 comes to small singular values.
+      - degree 3, two passes: [0.95, 1.05] for r of at least 2.6e-6, as near as float32 comes.
 
     Raises:
       ValueError: If `x` has fewer than two axes, `degree`, `passes` or `lower` is out of range, or
-        `lower` is less than rounding admits.
-      TypeError: If `x` is not floating.
+        `lower` is less than rounding admits; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp
       >>> q = zolotarev(jnp.diag(jnp.array([3.0, 1e-5])), 4, passes=2)
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
-
-    Reference:
-      Nakatsukasa and Freund, Computing fundamental matrix decompositions accurately via the matrix
-      sign function in two iterations, 2016, <https://doi.org/10.1137/140990334>.
     """
     check_matrices("zolotarev", x)
     degree = check.integer("zolotarev: degree", degree)
@@ -182,10 +175,8 @@ def _functions(
     rows, eps = y.shape[-2], float(jnp.finfo(y.dtype).eps)
     least = least_stable_lower(degree, rows, eps)
     if lower is not None and lower < least:
-        raise ValueError(
-            f"zolotarev: lower must lie in [{1.01 * least:.3g}, 1) for degree {degree} and "
-            f"matrices of shape {y.shape} in {y.dtype}, got {lower!r}."
-        )
+        accepted = f"[{1.01 * least:.3g}, 1) for degree {degree} and matrices of shape {y.shape}"
+        raise ValueError(f"zolotarev: lower must lie in {accepted} in {y.dtype}, got {lower!r}.")
     last = sign_function(degree, float(max(least, DEFAULT_LOWER) if lower is None else lower))
     if passes == 1:
         return (last,)
@@ -241,9 +232,8 @@ WHOLE = 192
 def inverse(a: jax.Array) -> jax.Array:
     """Inverse of a Hermitian positive definite matrix, shape (m, m), mostly by matrix products.
 
-    Halves are inverted in turn and pass on the inverse of the Cholesky factor, not the inverse
-    itself: so the recursion stands any condition number that the dtype resolves. Products are exact
-    to the dtype on every backend.
+    Halves are inverted in turn and pass on the inverse of the Cholesky factor, not the inverse: so
+    the recursion stands any condition number that the dtype resolves, on every backend.
     """
     return _gram_of_upper(_inverse_factor(a))
 
@@ -256,8 +246,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def _inverse_factor(a: jax.Array) -> jax.Array:
     """Upper triangular u with u u^H = a^-1: the inverse of the Cholesky factor, transposed.
 
-    Upper, because then no product has its left factor transposed: XLA's fast kernels for CPU do not
-    take those.
+    Upper, because XLA's fast kernels for CPU do not take products with a transposed left factor.
     """
     m = a.shape[-1]
     if m <= LEAF:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
 from orthax.base import check
 from orthax.base.leaves import (
@@ -29,12 +30,7 @@ from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_sub
 class Frame:
     """A leaf of matrices (..., m, n) and the subspace of its shorter side, rows if they are equal.
 
-    Attributes:
-      path: Of the leaf, for error messages.
-      shape: Of the leaf.
-      rank: Dimensions of the subspace.
-      subspace: What it consists of.
-      sharding: Of the leaf, on Explicit mesh axes; None elsewhere.
+    `path` is for error messages; `sharding` that of the leaf on Explicit mesh axes, else None.
     """
 
     path: str
@@ -85,14 +81,10 @@ class Frame:
     def move(
         self, start: jax.Array, old: Any, new: Any, x: jax.Array, *, signed: bool | None
     ) -> jax.Array:
-        """What belongs to the coordinates of one subspace, for another; as it is at the start.
+        """What belongs to the coordinates of one subspace, x, for another; as it is at the start.
 
-        Args:
-          start: Whether there was no subspace yet.
-          old: The subspace until now.
-          new: The subspace from now on.
-          x: Shape of the coordinates, or 1 along axes other than `axis`.
-          signed: Whether x has signs, as a first moment; None if its entries must tell.
+        x has the shape of the coordinates, or 1 along axes other than `axis`. `signed` tells
+        whether it has signs, as a first moment; None if its entries must tell.
         """
 
         def move(x: jax.Array, start: jax.Array, old: Any, new: Any) -> jax.Array:
@@ -153,15 +145,8 @@ def projected_axis(shape: tuple[int, ...]) -> int:
     return -2 if shape[-2] <= shape[-1] else -1
 
 
-def make_frames(tree: Any, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
-    """A frame for each leaf of a tree of matrices.
-
-    Args:
-      tree: Arrays, or their shapes.
-      rank: As in `low_rank`.
-      kind: Which subspaces.
-      bases: The dense bases that a state keeps, if any.
-    """
+def make_frames(tree: optax.Params, rank: Any, kind: Kind, bases: Any) -> list[Frame]:
+    """A frame for each leaf of a tree of matrices, or their shapes; `bases` as a state has them."""
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
     leaves, places, _ = matrix_leaves(kind.call, tree)
     frames = []
@@ -190,7 +175,7 @@ def random_matrices(tree: Any, rank: Any, kind: Kind) -> Any:
     """A random orthogonal matrix for each n, in the place of the first leaf that needs it."""
     drawn = set()
 
-    def draw(keys: Any, leaf: Any) -> Any:
+    def draw(keys: KeyPath, leaf: Any) -> Any:
         shape = np.shape(leaf)
         n = min(shape[-2:])
         if n in drawn or _rank_of(kind.call, rank, path_text(keys), shape) >= n:

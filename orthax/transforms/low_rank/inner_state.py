@@ -28,15 +28,9 @@ class _Leaf:
 def move_inner_state(
     inner: Any, state: Any, frames: Any, old: Any, new: Any, *, start: jax.Array
 ) -> Any:
-    """Moves every leaf of a state that depends on the subspace.
+    """Moves every leaf of the state of `inner` that depends on the subspace, from old to new ones.
 
-    Args:
-      inner: The transformation.
-      state: Its state.
-      frames: Tree of frames, in the structure of the params.
-      old: Tree of their subspaces until now.
-      new: Tree of their subspaces from now on.
-      start: Whether there were none yet, so that the state stays as it is.
+    `frames`, `old`, `new` are trees like the params. At the `start` the state stays as it is.
     """
 
     def moved(leaf: _Leaf, frame: Frame, old: Any, new: Any) -> Any:

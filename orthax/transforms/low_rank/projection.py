@@ -19,12 +19,7 @@ from orthax.transforms.low_rank.frames import (
     random_matrices,
 )
 from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
-from orthax.transforms.low_rank.quantized import (
-    BITS,
-    ROUNDINGS,
-    dequantize_leaves,
-    quantize_leaves,
-)
+from orthax.transforms.low_rank.quantized import BITS, ROUNDINGS, dequantize_leaves, quantize_leaves
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
 
@@ -35,10 +30,8 @@ class LowRankState(NamedTuple):
       count: Number of updates, int32.
       subspaces: For each leaf the indices of its columns in the basis, int32 (..., r), increasing;
         for the bases "svd" and "subspace" the columns, (..., n, r).
-      bases: The dense basis "random", n x n, once for each n, in the place of the first leaf with
-        it; None for all other bases.
-      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees;
-        None for `retain=None`.
+      bases: The basis "random", n x n, once for each n, in the place of the first leaf with it.
+      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees.
       inner: State of the inner transformation, for leaves of rank r.
     """
 

@@ -22,22 +22,15 @@ def quantize_leaves(
     seed: int | None,
     count: jax.Array,
 ) -> Quantized:
-    """What a state holds of the arrays `xs`: a `Quantized` of trees.
+    """What a state holds of the arrays `xs`: a `Quantized` of trees of the given structure.
 
-    Args:
-      frames: Of the leaves.
-      xs: The arrays.
-      structure: Of the tree of leaves.
-      bits: 8 or 4.
-      seed: Of stochastic rounding; None rounds to the nearest.
-      count: Of the update, so that each rounds by other random numbers.
+    Stochastic rounding draws anew from the seed for each `count`; None rounds to the nearest.
     """
     parts = [
         frame.quantize(x, bits, _key(seed, frame.path, count))
         for frame, x in zip(frames, xs, strict=True)
     ]
-    # A tree of tuples becomes a tuple of trees, each in the structure of the params: so
-    # `optax.tree.map_params` finds them.
+    # A tuple of trees, not a tree of tuples: so `optax.tree.map_params` finds them.
     fields = range(len(Quantized._fields))
     return Quantized(*(structure.unflatten([part[i] for part in parts]) for i in fields))
 

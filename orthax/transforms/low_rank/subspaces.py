@@ -1,12 +1,10 @@
 """The subspaces of `low_rank`: r orthonormal columns, applied to (..., m, n) from the right.
 
-Families with the same five functions:
-
-  * `Selection`, `Transformed`, `Stored`: columns of one fixed orthonormal basis Q. Kept are their
-    indices, (..., r), increasing. When they change, what belonged to an index moves with it.
-  * `Adaptive`: columns made from the matrix itself, kept as (..., n, r). When they change, what
-    was measured along the old ones is rotated to the new ones.
-  * `Whole`: no projection.
+* `Selection`, `Transformed`, `Stored`: columns of one fixed orthonormal basis Q, kept as their
+  indices, (..., r), increasing. When they change, what belonged to an index moves with it.
+* `Adaptive`: columns made from the matrix itself, kept as (..., n, r). When they change, what was
+  measured along the old ones is rotated to the new ones.
+* `Whole`: no projection.
 """
 
 import dataclasses
@@ -19,11 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.linalg.bases.cosine import cosine_transform, dct_columns
-from orthax.linalg.bases.hadamard import (
-    check_hadamard_size,
-    hadamard_columns,
-    hadamard_transform,
-)
+from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
 from orthax.linalg.elementary import largest_columns, unit_max
 
 SELECTIONS = ("dct", "dct3", "random", "hadamard", "columns")
@@ -35,8 +29,7 @@ BASES = SELECTIONS + ADAPTIVE
 class Selection:
     """Columns of the identity; other fixed bases override the first three methods.
 
-    Attributes:
-      ranking: Norm by which the largest columns of x Q are chosen.
+    `ranking` is the norm by which the largest columns of x Q are chosen.
     """
 
     ranking: Literal["l1", "l2"]
@@ -57,9 +50,8 @@ class Selection:
 
     def first(self, x: jax.Array, rank: int) -> jax.Array:
         """What a state holds before anything was chosen for matrices like x."""
-        return largest_columns(
-            jnp.zeros_like(x), rank, "l2"
-        )  # computed, so that it lies where x does
+        # Computed, so that it lies where x does.
+        return largest_columns(jnp.zeros_like(x), rank, "l2")
 
     def choose(self, x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The indices that suit x best, and the coordinates of x there."""
@@ -79,9 +71,7 @@ class Selection:
 class Transformed(Selection):
     """Columns of a basis that is computed where it is needed.
 
-    Attributes:
-      multiply: Function of x to x Q.
-      columns: Function of n, indices (..., r) and a dtype to Q[:, indices], (..., n, r).
+    `multiply` maps x to x Q; `columns` n, indices (..., r) and a dtype to Q[:, indices].
     """
 
     multiply: Callable[[jax.Array], jax.Array]
@@ -102,11 +92,7 @@ class Transformed(Selection):
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Selection):
-    """Columns of a basis that is kept.
-
-    Attributes:
-      matrix: Q, (n, n).
-    """
+    """Columns of a basis that is kept, Q, as a matrix (n, n)."""
 
     matrix: jax.Array
 
@@ -131,9 +117,7 @@ class Stored(Selection):
 class Adaptive:
     """Columns that follow the matrix.
 
-    Attributes:
-      refresh: Function of x and the old columns to new orthonormal ones, (..., n, r).
-      key: Of the random columns to start from.
+    `refresh` maps x and old ones to new ones, (..., n, r); `key` is of random ones to start from.
     """
 
     refresh: Callable[[jax.Array, jax.Array], jax.Array]
@@ -230,13 +214,9 @@ class Kind(NamedTuple):
 
 
 def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Subspace:
-    """The family and the functions that a name stands for.
+    """The family and the functions that a name stands for, for columns of length n.
 
-    Args:
-      path: Of the leaf, for error messages.
-      n: Length of the columns.
-      kind: Which subspace.
-      matrix: The basis "random", which is kept; None for all others.
+    `matrix` is the basis "random", which is kept; None for all others.
     """
     call, basis, ranking, seed = kind
     if basis == "svd":
