@@ -84,7 +84,7 @@ def convolution_orthogonality(
     call = "convolution_orthogonality"
     check.flag(f"{call}: transposed", transposed)
     if transposed and getattr(kernel, "ndim", 0) > 1:
-        if groups != 1:
+        if check.integer(f"{call}: groups", groups) != 1:
             raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
         # The kernel of the convolution whose transpose is the layer, but for a reflection.
         kernel = jnp.swapaxes(kernel, -1, -2)

@@ -100,7 +100,7 @@ def each_matrix(
         )
 
     def update_all(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: Any = None
     ) -> tuple[optax.Updates, Any]:
         if needs_params:
             check_params(call, params)
@@ -194,7 +194,7 @@ def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
 
 
 def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[list[int]]:
-    """Positions of the leaves that share a stack: of one dtype, shape or its transpose, sharding."""
+    """Positions of the leaves that share a stack: of one dtype, shape up to transpose, sharding."""
     groups: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     chunks: dict[Any, int] = {}
@@ -229,7 +229,9 @@ def _through_stack(fun: Callable[..., jax.Array], rows: list[Row]) -> list[Row]:
     else:
         matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
         stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
-        parts = _split(_map_or_batch(fun, *stacks), [len(row[0]) for row in matrices])
+        mapped = jax.default_backend() in MAPPED_BACKENDS
+        stack = map_in_place(fun, *stacks) if mapped else fun(*stacks)
+        parts = _split(stack, [len(row[0]) for row in matrices])
         results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]
     return [
         ((result.mT if t else result).astype(row[0].dtype),)

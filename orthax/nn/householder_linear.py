@@ -10,13 +10,6 @@ from jax.typing import DTypeLike
 from orthax import linalg
 from orthax.base import check
 from orthax.base.leaves import check_array
-from orthax.linalg import (
-    householder_factors,
-    householder_product,
-    householder_projector,
-    householder_vectors,
-    polar_svd,
-)
 
 _CALL = "orthax.nn.HouseholderLinear"
 
@@ -168,7 +161,7 @@ class HouseholderLinear(nnx.Module):
             check.integer(f"{call}: rank", rank, f"[1, {min(kernel.shape)}]")
         # The layer is made with random directions, which those of the trained kernel replace.
         settings = {"use_bias": bias is not None, "param_dtype": kernel.dtype}
-        layer = cls(*shape, rank=rank, rngs=nnx.Rngs(0), **settings)
+        layer = cls(*kernel.shape, rank=rank, rngs=nnx.Rngs(0), **settings)
         if rank is not None:
             ins, outs = linalg.householder_factors(kernel, rank)
         else:

@@ -80,6 +80,7 @@ def low_rank(
         belong into `static_args`); for an integer leaf.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> tx = low_rank(optax.identity(), rank=1, basis="columns", retain=0.0)
       >>> g = jnp.array([[1.0, 2.0], [0.0, 0.0], [2.0, 2.0]])
       >>> updates, state = tx.update(g, tx.init(g))
