@@ -82,6 +82,15 @@ def test_a_callable_mask_sees_the_whole_tree_as_in_adamw(optimizer, mask):
     )
 
 
+@every_optimizer
+def test_a_mask_may_ask_every_leaf_for_its_axes(optimizer):
+    params = normal_tree({"w": (6, 8), "b": (8,)})
+    mask = lambda p: {name: leaf.ndim > 1 for name, leaf in p.items()}  # noqa: E731
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates = first_update(optimizer(0.1, weight_decay=0.5, mask=mask), params, zeros)
+    assert_equal(updates, {"w": -0.05 * params["w"], "b": zeros["b"]})
+
+
 def test_callable_dimension_numbers_see_the_whole_tree():
     seen = []
 
@@ -162,3 +171,15 @@ def test_the_buffer_of_low_rank_keeps_the_dtype_of_the_params(retain):
     _, new = jax.eval_shape(tx.update, g, state, params)
     types = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, new)]
     assert types[0] == types[1]
+
+
+def test_the_buffer_of_low_rank_is_not_rounded_to_the_dtype_of_the_gradients():
+    params, g = {"w": jnp.ones((4, 4))}, {"w": jnp.full((4, 4), 0.3, jnp.bfloat16)}
+    tx = orthax.low_rank(optax.identity(), 4, retain=0.99)
+    state = tx.init(params)
+    for _ in range(200):
+        _, state = tx.update(g, state, params)
+    # retain (buffer + g), 200 times from zero.
+    expected = 0.99 * (1 - 0.99**200) / 0.01 * float(g["w"][0, 0])
+    # Only the coordinates that inner sees are rounded, a hundredth of which decays.
+    np.testing.assert_allclose(state.residuals["w"], expected, rtol=1e-3)

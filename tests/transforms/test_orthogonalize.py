@@ -183,3 +183,16 @@ def test_there_is_no_state_and_params_are_not_needed():
     updates, new_state = transformation.update({"w": jnp.ones((3, 4))}, state)
     assert updates["w"].shape == (3, 4)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+def test_a_stack_holds_at_most_256_matrices():
+    calls = []
+
+    def method(x):
+        calls.append(x.shape)
+        return x
+
+    leaves = [np.ones((100, 2, 3), np.float32)] * 3 + [np.ones((2, 3), np.float32)] * 60
+    updates = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    jax.eval_shape(lambda u: orthax.orthogonalize(method).update(u, optax.EmptyState()), updates)
+    assert len(calls) == 2  # of 256 and 104 matrices
