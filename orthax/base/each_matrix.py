@@ -127,21 +127,10 @@ def map_matrices(
     share: float = NONE,
     once_per_shape: bool = False,
 ) -> list[Any]:
-    """Maps `fun` over the leaves of trees of matrices; `None` and masked leaves stay.
+    """Maps `fun` over the leaves of trees of one structure; `None` and masked leaves stay.
 
-    Args:
-      call: Name of the public function, for error messages.
-      fun: Function of one leaf of each tree to one array, or to a tuple of `outputs` arrays. Result
-        i takes dtype and sharding from argument i.
-      tree: Tree of matrices.
-      *rest: Trees of its structure.
-      numbers: As in `each_matrix`.
-      outputs: Number of results.
-      share: As in `each_matrix`.
-      once_per_shape: As in `each_matrix`.
-
-    Returns:
-      The trees of results.
+    The first tree holds matrices. Result i of `outputs`, a tuple where there are several, takes
+    dtype and sharding from argument i. All else is as in `each_matrix`.
     """
     leaves, places, structure = matrix_leaves(call, tree)
     rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))
