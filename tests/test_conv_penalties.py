@@ -885,27 +885,3 @@ def test_a_circle_that_the_strides_do_not_divide_is_refused_or_not_orthogonal():
         assert not orthogonal_convolution_exists(3, 2, 2, 4, input_size=7)
     except ValueError as error:
         assert re.search(says("orthogonal_convolution_exists", "input_size", "7"), str(error))
-
-
-# --- errors
-
-
-def kernel_of(*shape, dtype=np.float32):
-    return jnp.ones(shape, dtype)
-
-
-SIZES = {
-    "strides": lambda x: convolution_orthogonality(kernel_of(3, 3, 4, 4), x),
-    "dilation": lambda x: convolution_orthogonality(kernel_of(3, 3, 4, 4), dilation=x),
-}
-EXISTENCE = {
-    "kernel_size": lambda x: orthogonal_convolution_exists(x, 1, 2, 2),
-    "strides": lambda x: orthogonal_convolution_exists((3, 3), x, 2, 2),
-    "dilation": lambda x: orthogonal_convolution_exists((3, 3), 1, 2, 2, dilation=x),
-    "input_size": lambda x: orthogonal_convolution_exists((3, 3), 1, 2, 2, input_size=x),
-}
-per_axis_arguments = pytest.mark.parametrize(
-    ("call", "argument", "function"),
-    [("convolution_orthogonality", *item) for item in SIZES.items()]
-    + [("orthogonal_convolution_exists", *item) for item in EXISTENCE.items()],
-)

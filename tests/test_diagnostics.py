@@ -589,21 +589,6 @@ def test_a_measure_of_updates_needs_none():
     )
 
 
-# --- errors
-
-
-CALLS = {
-    "orthogonality_error": orthogonality_error,
-    "singular_values": singular_values,
-    "stable_rank": stable_rank,
-    "effective_rank": effective_rank,
-    "neuron_norm_spread": neuron_norm_spread,
-    "update_to_weight_ratio": lambda w: update_to_weight_ratio(w, w),
-    "warm_spectral_norm": lambda w: warm_spectral_norm().init(w),
-}
-every_call = pytest.mark.parametrize("call", CALLS)
-
-
 # --- measures by path, of leaves as they are
 
 

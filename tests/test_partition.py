@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import normal_tree
+from helpers import normal_tree, says
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -150,6 +150,16 @@ def test_the_weight_decay_may_be_a_transformation(optimizer):
     given = optimizer(0.1, weight_decay=optax.stateless(half_the_params), mask=kernels)
     number = optimizer(0.1, weight_decay=0.5, mask=kernels)
     assert_equal(first_update(given, params, gradients), first_update(number, params, gradients))
+
+
+@every_optimizer
+@pytest.mark.parametrize("mask", [None, True], ids=["all", "masked"])
+def test_decay_without_params_names_the_optimizer_and_the_argument(optimizer, mask):
+    params, gradients = trees()
+    tx = optimizer(0.1, weight_decay=0.25, mask=mask)
+    said = says(optimizer.__name__, "weight_decay=0.25", "params")
+    with pytest.raises(ValueError, match=said):
+        tx.update(gradients, tx.init(params))
 
 
 def test_float16_is_accumulated_in_float32_in_built_chains():

@@ -840,26 +840,3 @@ def test_tiny_weights_are_as_far_from_orthogonal_as_zero(name):
     slopes = (oracles.float64(gradients) * normal((6, 4))).sum((1, 2))
     assert (slopes < 0).all()
     np.testing.assert_allclose(slopes / slopes[0], [1, 1e-10, 1e-20], rtol=1e-4)
-
-
-# --- errors
-
-CALLS = {
-    "soft_orthogonality": soft_orthogonality,
-    "double_soft_orthogonality": double_soft_orthogonality,
-    "mutual_coherence": mutual_coherence,
-    "spectral_restricted_isometry": spectral_restricted_isometry,
-    "lambda_orthogonality": functools.partial(lambda_orthogonality, radius=1.0),
-    "warm_spectral_restricted_isometry": lambda w: warm_spectral_restricted_isometry().apply(
-        w, jnp.ones(3)
-    ),
-}
-every_call = pytest.mark.parametrize("call", CALLS)
-
-
-STEPS = {
-    "spectral_restricted_isometry": lambda n: spectral_restricted_isometry(
-        jnp.ones((3, 4)), steps=n
-    ),
-    "warm_spectral_restricted_isometry": lambda n: warm_spectral_restricted_isometry(steps=n),
-}

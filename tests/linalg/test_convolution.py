@@ -260,13 +260,3 @@ def test_the_gradient_of_a_singular_value_is_the_outer_product_of_its_vectors():
 def test_an_image_smaller_than_the_kernel_has_no_windows_without_padding():
     assert convolution_matrix(jnp.ones((3, 2, 4)), 2, padding="VALID").shape == (0, 4)
     assert convolution_singular_values(jnp.ones((3, 2, 4)), 2, padding="VALID").shape == (0,)
-
-
-# --- errors
-
-CALLS = {
-    "convolution_matrix": convolution_matrix,
-    "convolution_singular_values": convolution_singular_values,
-}
-every_call = pytest.mark.parametrize("call", CALLS)
-KERNEL = np.ones((3, 3, 2, 4), np.float32)

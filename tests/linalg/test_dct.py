@@ -304,10 +304,3 @@ def test_columns_of_the_longest_matrix_are_as_exact(transposed):
     angle = k * (2 * place + 1) % (4 * n) * (np.pi / (2 * n))
     exact = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n) * np.cos(angle))
     np.testing.assert_allclose(actual, exact, rtol=0.501 * tolerances.eps(np.float32), atol=1e-15)
-
-
-# --- bad input
-
-
-def message(*parts):
-    return "(?s)" + ".*".join(parts)

@@ -328,6 +328,3 @@ def test_without_compilation_and_vectorised_it_is_the_same():
     atol = tolerance(x.shape, coefficients.POLAR_EXPRESS)
     for function in (gram_newton_schulz, jax.vmap(gram_newton_schulz)):
         np.testing.assert_allclose(function(jnp.asarray(x)), expected, rtol=0, atol=atol)
-
-
-# --- what is refused

@@ -471,9 +471,3 @@ def test_factors_and_projectors_keep_the_dtype():
     assert u.dtype == v.dtype == projector(u, v).dtype == jnp.bfloat16
     error = np.abs(oracles.float64(projector(u, v)) - nearest_projector(w, 2)).max()
     assert error < 8 * tolerances.eps(jnp.bfloat16)
-
-
-# --- errors
-
-WIDE = r"has shape \(2, 3\); it must not have more columns than rows"
-TALL = jnp.ones((4, 3))

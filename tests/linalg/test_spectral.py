@@ -379,6 +379,3 @@ def test_a_start_that_the_matrix_maps_to_zero_gives_zero():
     norm, vector, _ = estimate(jnp.diag(jnp.array([2.0, 0.0])), jnp.array([0.0, 3.0]), 3)
     assert norm == 0
     np.testing.assert_array_equal(vector, [0, 1])
-
-
-# --- errors

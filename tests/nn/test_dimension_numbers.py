@@ -510,6 +510,3 @@ def test_an_einsum_string_that_does_not_name_the_axes_of_its_kernel_raises(equat
     message = r"dimension_numbers: einsum string .* does not name each axis of 'layer/kernel'"
     with pytest.raises(ValueError, match=message):
         dimension_numbers(abstract(make))
-
-
-# --- other wrong calls

@@ -187,6 +187,3 @@ def test_the_steps_of_the_hybrid_are_those_of_orthogonalize():
     (expected,), (actual,) = (updates_of(tx, params, [g]) for tx in (by_hand, hybrid))
     for leaf in SHAPES:
         np.testing.assert_allclose(actual[leaf], expected[leaf], rtol=1e-6)
-
-
-# --- the other leaves, dtypes

@@ -201,6 +201,3 @@ def test_a_least_squares_problem_is_solved_with_any_error_feedback(buffer_dtype)
         optax.linear_schedule(0.1, 0.0, 200), 4, error_feedback=True, buffer_dtype=buffer_dtype
     )
     assert paths.part_of_the_loss_left(optimizer, 200) < 0.05
-
-
-# --- the other leaves

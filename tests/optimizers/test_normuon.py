@@ -120,6 +120,3 @@ def test_the_second_moment_takes_one_number_a_neuron():
 
     neurons = sum(shape[1] for shape in SHAPES.values())
     assert sizes(orthax.normuon(0.1)) - sizes(orthax.muon(0.1)) == neurons
-
-
-# --- the other leaves, parameters, dtypes

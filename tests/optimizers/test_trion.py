@@ -152,6 +152,3 @@ def test_a_momentum_in_few_bits_takes_so_many_and_two_numbers_a_row(bits):
 def test_a_least_squares_problem_is_solved_whatever_the_bits_of_the_momentum(mu_dtype):
     optimizer = published(optax.linear_schedule(0.3, 0.0, 150), 4, 0.8, mu_dtype=mu_dtype)
     assert paths.part_of_the_loss_left(optimizer, 150) < 0.02
-
-
-# --- the other leaves

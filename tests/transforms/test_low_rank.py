@@ -689,3 +689,14 @@ def test_moments_of_complex_matrices_are_rotated():
     outputs = [u for u, _ in run(transformation, [g] * 3)]
     for leaf in SHAPES:
         assert_close(outputs[-1][leaf], 1.75 * oracles.float64(outputs[0][leaf]), 1e-5, leaf)
+
+
+@pytest.mark.parametrize("rank", [1.0, np.float32(1)])
+def test_one_as_a_fraction_is_the_whole_side(rank):
+    state = orthax.low_rank(optax.trace(0.9), rank).init([jnp.ones((6, 16))])
+    assert jax.tree.leaves(state.inner)[0].shape == (6, 16)
+
+
+def test_a_side_without_a_hadamard_matrix_passes_where_nothing_is_projected():
+    state = orthax.low_rank(optax.trace(0.9), 6, basis="hadamard").init([jnp.ones((6, 16))])
+    assert jax.tree.leaves(state.inner)[0].shape == (6, 16)

@@ -605,6 +605,3 @@ def test_kernels_of_convolutions_have_their_own_penalty(strides):
     slope = np.sum(updates["conv"] * direction)
     assert slope == pytest.approx(0.2 * (ahead - behind) / (2 * step), rel=1e-4)
     close(updates["dense"], 0.2 * soft_gradient(other))
-
-
-# --- errors

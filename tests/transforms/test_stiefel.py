@@ -543,6 +543,3 @@ MATRIX = {"dense": {"kernel": jnp.ones((3, 2))}}
 @every
 def test_there_is_no_state(name):
     assert not jax.tree.leaves(EVERY[name].init(MATRIX))
-
-
-SPHERES = [orthax.keep_unit_neurons, orthax.keep_norm]
