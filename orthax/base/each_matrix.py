@@ -64,7 +64,7 @@ def each_matrix(
     share: float = NONE,
     needs_params: bool = False,
     numbers: tuple[Any, ...] = (),
-    once_per_shape: bool = False,
+    per_shape: Callable[..., jax.Array] | None = None,
     init: Callable[[Any], tuple[jax.Array, ...]] | None = None,
     state_type: Any = None,
 ) -> EachMatrix:
@@ -80,13 +80,14 @@ def each_matrix(
       needs_params: Whether `step` takes the params, after the state.
       numbers: Last arguments of `step`: those of the public function that may be traced, which on
         Explicit mesh axes must not be closed over.
-      once_per_shape: Whether a program shall hold `step` once per shape, not once per leaf.
+      per_shape: Function of a leaf and the numbers to an array that `step` takes in their place:
+        computed once for all leaves of a shape, which keeps programs of many leaves small.
       init: From zeros in the place of a leaf, or its `ShapeDtypeStruct`, to what the state holds
         for it. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
     """
     mapped = functools.partial(
-        map_matrices, call, step, numbers=numbers, share=share, once_per_shape=once_per_shape
+        map_matrices, call, step, numbers=numbers, share=share, per_shape=per_shape
     )
 
     def init_all(params: optax.Params) -> optax.OptState:
@@ -125,7 +126,7 @@ def map_matrices(
     numbers: tuple[Any, ...] = (),
     outputs: int = 1,
     share: float = NONE,
-    once_per_shape: bool = False,
+    per_shape: Callable[..., jax.Array] | None = None,
 ) -> list[Any]:
     """Maps `fun` over the leaves of trees of one structure; `None` and masked leaves stay.
 
@@ -141,17 +142,25 @@ def map_matrices(
     groups = [[i] for i in filled if i not in shared] + _groups(rows, places, sorted(shared))
 
     traced = tuple(number for number in numbers if isinstance(number, Tracer))
-    bound = _bound(fun, numbers, traced)
-    bound = jax.jit(bound) if once_per_shape else bound
+
+    def last_arguments(traced: Row, x: jax.Array) -> Row:
+        given = iter(traced)
+        last = tuple(next(given) if isinstance(n, Tracer) else n for n in numbers)
+        return last if per_shape is None else (per_shape(x, *last),)
+
+    known: dict[Any, Row] = {}
     for group in groups:
         apply = _through_stack if group[0] in shared else _alone
         these = [rows[i] for i in group]
+        x = these[0][0]
         if places[group[0]].sharding is None:
-            found = apply(bound, these)
+            if (x.shape, x.dtype) not in known:
+                known[x.shape, x.dtype] = last_arguments(traced, x)
+            found = apply(fun, these, known[x.shape, x.dtype])
         else:  # every traced array is an argument: none of Explicit type may be closed over
 
             def inside(traced: Row, these: list[Row], apply: Any = apply) -> list[Row]:
-                return apply(_bound(fun, numbers, traced), these)
+                return apply(fun, these, last_arguments(traced, these[0][0]))
 
             out = [tuple(map(explicit_sharding, row[:outputs])) for row in these]
             found = laid_out(inside, out)(traced, these)
@@ -160,17 +169,10 @@ def map_matrices(
     return [structure.unflatten(column) for column in _columns(results, outputs)]
 
 
-def _bound(fun: Callable[..., Any], numbers: Row, traced: Row) -> Callable[..., Any]:
-    """`fun` with its numbers, of which the traced ones come as given."""
-    given = iter(traced)
-    last = [next(given) if isinstance(number, Tracer) else number for number in numbers]
-    return lambda *arguments: fun(*arguments, *last)
-
-
-def _alone(fun: Callable[..., Any], rows: list[Row]) -> list[Row]:
+def _alone(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[Row]:
     """Results of `fun` on one row; they take after its first arrays."""
     (row,) = rows
-    found = fun(*row)
+    found = fun(*row, *last)
     found = found if isinstance(found, tuple) else (found,)
     return [tuple(x.astype(like.dtype) for x, like in zip(found, row, strict=False))]
 
@@ -204,22 +206,27 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
     return list(groups.values())
 
 
-def _through_stack(fun: Callable[..., jax.Array], rows: list[Row]) -> list[Row]:
+def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[Row]:
     """Results of `fun` on the stack of some rows' matrices, cut again.
 
     Args:
       fun: Function of stacks (k, m, n), one for each array of a row; commutes with transposition.
       rows: The rows, each of arrays of one shape.
+      last: Last arguments of `fun`, the same for all.
     """
+
+    def with_last(*matrices: jax.Array) -> jax.Array:
+        return fun(*matrices, *last)
+
     tall = [row[0].shape[-2] > row[0].shape[-1] for row in rows]
     wide = [[x.mT if t else x for x in row] for row, t in zip(rows, tall, strict=True)]
     if len(rows) == 1 and math.prod(rows[0][0].shape[:-2]) == 1:
-        results = [fun(*wide[0])]
+        results = [with_last(*wide[0])]
     else:
         matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
         stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
         mapped = jax.default_backend() in MAPPED_BACKENDS
-        stack = map_in_place(fun, *stacks) if mapped else fun(*stacks)
+        stack = map_in_place(with_last, *stacks) if mapped else with_last(*stacks)
         parts = _split(stack, [len(row[0]) for row in matrices])
         results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]
     return [

@@ -104,7 +104,7 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
 def _scale_by_shape(
     call: str, factor: Callable[[int, int], float], rms: jax.typing.ArrayLike = 1
 ) -> optax.GradientTransformation:
-    def scaled(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
-        return jnp.multiply(x, rms * factor(*x.shape[-2:]))
+    def factors(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.broadcast_to(rms * factor(*x.shape[-2:]), x.shape).astype(x.dtype)
 
-    return each_matrix(call, scaled, numbers=(rms,), once_per_shape=True)
+    return each_matrix(call, jnp.multiply, numbers=(rms,), per_shape=factors)
