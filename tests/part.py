@@ -76,7 +76,12 @@ def pytest_report_header(config):
         return f"about one test in {config.option.part}: --turn={config.option.turn}"
 
 
+LONG = ("test_sharding.py", "test_as_users_compile.py")
+"""Files whose single tests take minutes: first, or the other worker waits for them at the end."""
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     if config.option.part == 1:
         return
     tests = {item.nodeid: groups_of(item) for item in items}
