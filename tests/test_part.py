@@ -36,6 +36,7 @@ def test_the_turn_alone_decides_and_every_test_has_its_turn():
 
 
 def test_pytest_runs_those_that_the_rule_chooses(pytester):
+    pytester.makeini("[pytest]\nmarkers = in_every_part: is never left out")
     pytester.makepyfile(
         """
         import collections
