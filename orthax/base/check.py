@@ -87,7 +87,7 @@ def numbers(where: str, x: Any, accepted: str) -> np.ndarray:
         array = np.asarray(x)
     except ValueError:  # rows of different lengths
         _refuse(ValueError, where, accepted, x)
-    if array.dtype.kind not in "iuf" and not (array.size and jnp.issubdtype(array.dtype, float)):
+    if not _is_real(array.dtype):
         _refuse(TypeError, where, accepted, x)
     return array.astype(np.float64)
 
@@ -114,9 +114,10 @@ def is_number(x: object) -> TypeGuard[Any]:
     """Whether `x` is one real number: of Python, NumPy or JAX, or a tracer of one; True is none."""
     if not isinstance(x, NUMBER) or isinstance(x, bool) or np.ndim(x):
         return False
-    if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
-        return False
-    dtype = jnp.result_type(x)
+    return isinstance(x, (int, float)) or _is_real(x.dtype)
+
+
+def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 

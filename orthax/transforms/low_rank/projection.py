@@ -9,7 +9,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
-from orthax.base.leaves import check_matrix_leaves, keep_dtypes, zeros_like
+from orthax.base.leaves import keep_dtypes, zeros_like
 from orthax.linalg.elementary import RANKINGS, wide
 from orthax.transforms.low_rank.frames import (
     Frame,
@@ -76,6 +76,7 @@ def projected(
     def save(
         frames: list[Frame], xs: list[jax.Array], dtypes: list[Any], structure: Any, count: Any
     ) -> Any:
+        _check_complex(call, frames, xs, buffer_dtype)
         if bits is not None:
             stochastic = seed if rounding == "stochastic" else None
             return quantize_leaves(frames, xs, structure, bits=bits, seed=stochastic, count=count)
@@ -88,7 +89,6 @@ def projected(
         return structure.flatten_up_to(saved)
 
     def init(params: optax.Params) -> Any:
-        check_matrix_leaves(call, params)
         leaves, structure = jax.tree.flatten(params)
         bases = random_matrices(params, rank, kind) if basis == "random" else None
         frames = make_frames(params, rank, kind, bases)
@@ -101,7 +101,6 @@ def projected(
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
-            _check_complex(call, frames, zeros, buffer_dtype)
             dtypes = [None if bits else buffer_dtype or x.dtype for x in leaves]
             residuals = save(frames, zeros, dtypes, structure, count)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
@@ -174,7 +173,6 @@ def projected(
             ]
             # In the dtype it had: gradients may come in another one than the params.
             dtypes = [x.dtype for x in saved]
-            _check_complex(call, frames, left, buffer_dtype)
             residuals = save(frames, left, dtypes, structure, state.count)
         return structure.unflatten(results), LowRankState(
             jnp.asarray(optax.safe_increment(state.count)),
