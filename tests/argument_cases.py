@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from helpers import OPTIMIZERS
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -938,15 +939,6 @@ WITH_RANK = {
     "low_rank": functools.partial(orthax.low_rank, optax.trace(0.9)),
     "trion": functools.partial(orthax.trion, 0.1),
     "dct_adamw": functools.partial(orthax.dct_adamw, 0.1),
-}
-OPTIMIZERS = {
-    "muon": orthax.muon,
-    "normuon": orthax.normuon,
-    "root": orthax.root,
-    "auon": orthax.auon,
-    "hybrid_auon": orthax.hybrid_auon,
-    "trion": orthax.trion,
-    "dct_adamw": orthax.dct_adamw,
 }
 LEAVES = (
     Bad(struct(4), ValueError, ("shape (4,)", "two axes", "as_matrices")),

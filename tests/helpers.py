@@ -6,7 +6,19 @@ import re
 import jax
 import numpy as np
 
+import orthax
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "reference.npz"
+
+OPTIMIZERS = {
+    "muon": orthax.muon,
+    "normuon": orthax.normuon,
+    "root": orthax.root,
+    "auon": orthax.auon,
+    "hybrid_auon": orthax.hybrid_auon,
+    "trion": orthax.trion,
+    "dct_adamw": orthax.dct_adamw,
+}
 
 
 def normal(shape, dtype=np.float32, *, seed=0):

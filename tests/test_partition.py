@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import normal_tree, says
+from helpers import OPTIMIZERS, normal_tree, says
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -40,15 +40,6 @@ def assert_equal(actual, expected, tolerance=1e-6):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
 
 
-OPTIMIZERS = {
-    "muon": orthax.muon,
-    "normuon": orthax.normuon,
-    "root": orthax.root,
-    "auon": orthax.auon,
-    "hybrid_auon": orthax.hybrid_auon,
-    "trion": orthax.trion,
-    "dct_adamw": orthax.dct_adamw,
-}
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
