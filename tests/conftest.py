@@ -1,6 +1,5 @@
 """Settings for all tests."""
 
-import gc
 import os
 import sys
 import warnings
@@ -21,9 +20,6 @@ compilation.compile_faster(os.environ)
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Tracing makes many objects that stay and few circles: looking for these less often saves 7 %.
-gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
