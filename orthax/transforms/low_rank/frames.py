@@ -46,11 +46,8 @@ class Frame:
 
     def first(self, x: jax.Array) -> Any:
         """What a state keeps of the subspace before there was a gradient."""
-
-        def first(subspace: Subspace, x: jax.Array) -> Any:
-            return subspace.first(self._turned(x), self.rank)
-
-        return self._run(first, self._kept)(self.subspace, x)
+        run = self._run(lambda subspace, x: subspace.first(self._turned(x), self.rank), self._kept)
+        return run(self.subspace, x)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""

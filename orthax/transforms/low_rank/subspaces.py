@@ -59,9 +59,8 @@ class Selection:
         indices = largest_columns(coordinates, old.shape[-1], self.ranking)
         return indices, _take_columns(coordinates, indices)
 
-    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
+    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, _: bool | None) -> jax.Array:
         """Gathers what x, (..., r), has for each old index; a new one starts with zero."""
-        del signed
         same = old[..., :, None] == new[..., None, :]
         moved = _take_columns(x, jnp.argmax(same, axis=-2))
         return jnp.where(jnp.any(same, axis=-2)[..., None, :], moved, jnp.zeros_like(moved))
@@ -104,9 +103,8 @@ class Stored(Selection):
         """Coordinates of x, (..., m, r)."""
         return _product(x, self._rows(indices).mT)
 
-    def expand(self, low: jax.Array, indices: jax.Array, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, indices: jax.Array, _: int) -> jax.Array:
         """The matrix with these coordinates, (..., m, n)."""
-        del n
         return _product(low, self._rows(indices))
 
     def _rows(self, indices: jax.Array) -> jax.Array:
@@ -138,9 +136,8 @@ class Adaptive:
         """Coordinates of x, (..., m, r)."""
         return _product(x, columns)
 
-    def expand(self, low: jax.Array, columns: jax.Array, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, columns: jax.Array, _: int) -> jax.Array:
         """The matrix with these coordinates, (..., m, n)."""
-        del n
         return _product(low, columns.mT.conj())
 
     def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
@@ -163,28 +160,24 @@ class Adaptive:
 class Whole:
     """No subspace: of matrices whose rank is not above the one that is asked for."""
 
-    def first(self, x: jax.Array, rank: int) -> optax.MaskedNode:
+    def first(self, _x: jax.Array, _rank: int) -> optax.MaskedNode:
         """Nothing is kept."""
-        del x, rank
         return optax.MaskedNode()
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """Nothing, and x."""
         return old, x
 
-    def project(self, x: jax.Array, kept: Any) -> jax.Array:
+    def project(self, x: jax.Array, _: Any) -> jax.Array:
         """The same matrix."""
-        del kept
         return x
 
-    def expand(self, low: jax.Array, kept: Any, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, _kept: Any, _n: int) -> jax.Array:
         """The same matrix."""
-        del kept, n
         return low
 
-    def move(self, x: jax.Array, old: Any, new: Any, signed: bool | None) -> jax.Array:
+    def move(self, x: jax.Array, _old: Any, _new: Any, _signed: bool | None) -> jax.Array:
         """The same state."""
-        del old, new, signed
         return x
 
 
