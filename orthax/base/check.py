@@ -22,12 +22,8 @@ def number(
 ) -> Any:
     """The number that came, or an error unless it is in an interval such as "[0, 1)"; NaN never is.
 
-    Args:
-      where: "call: argument".
-      x: What came.
-      interval: The accepted numbers; NaN is in none.
-      alternative: What else is accepted and was ruled out already, such as " or a schedule".
-      static: Whether the value must be known while tracing; then it is a float that comes back.
+    `alternative` names what else is accepted and was ruled out already, such as " or a schedule". A
+    `static` value must be known while tracing, and it is a float that comes back.
     """
     if not is_number(x) or (static and isinstance(x, Tracer)):
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)

@@ -47,8 +47,7 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       Shape (..., 1, 1), real, at least float32. Zero for a zero or empty matrix, NaN for a NaN.
 
     Raises:
-      ValueError: If `x` has fewer than two axes.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.
 
     Example:
       >>> import jax.numpy as jnp

@@ -70,9 +70,8 @@ def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
       path       shape   view    batch  fan_in  fan_out  destination  reason
       up/kernel  (4, 8)  (4, 8)  1      4       8        matrices     two axes: (rows, cols)
     """
-    return Explanation(
-        tuple(_line(leaf) for leaf in resolve("explain", params, dimension_numbers, report=True))
-    )
+    leaves = resolve("explain", params, dimension_numbers, report=True)
+    return Explanation(tuple(map(_line, leaves)))
 
 
 def _line(leaf: Leaf) -> ExplainedLeaf:

@@ -1,9 +1,7 @@
 """Which leaf is a matrix: decided once, over the whole tree, and handed to what needs it.
 
 Models hold kernels of any rank, biases and embeddings; Muon's family works on matrices `(*batch,
-rows, cols)`. `resolve` decides for each leaf whether and how it is one. `partition_matrices(build,
-rest)` sends those that are to the chain that `build(leaves)` makes; `leaves(inner)` in it shows
-`inner` the matrices, as `as_matrices(inner)` does where all leaves are. Views are static, so
+rows, cols)`. `resolve` decides for each leaf whether and how it is one. Views are static, so
 nothing is added to a compiled program but the reshapes.
 """
 
@@ -247,24 +245,14 @@ def _shown_matrices(
 
 
 def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = False) -> list[Leaf]:
-    """Decides for each leaf of a tree whether and how it is a matrix.
+    """Decides for each leaf of a tree, in the order of `jax.tree.leaves`, how it is a matrix.
 
     A rule sees the leaf's path, its shape and the shapes of all other leaves, never values: the
     bias of a kernel, itself no matrix, may tell which axes are outputs.
 
-    Args:
-      call: Name of the public call, for error messages.
-      tree: Arrays or `ShapeDtypeStruct`s.
-      dimension_numbers: None (the default rule), one value, a tree or prefix of one, a callable
-        from the tree to such a tree, or `PathRules`.
-      report: Whether an undecided leaf is listed (view None, the message as reason) or raises.
-
-    Returns:
-      One `Leaf` per leaf, in the order of `jax.tree.leaves`; `view` is None for the fallback.
-
-    Raises:
-      ValueError: For an undecided leaf, axes that do not fit, a wrong tree; it names the leaf.
-      TypeError: For a matrix leaf that is not floating.
+    The tree is of arrays or `ShapeDtypeStruct`s; `dimension_numbers` are as in `as_matrices`. A
+    matrix that is not floating raises a `TypeError`; an undecided leaf, axes that do not fit and a
+    wrong tree a `ValueError`. With `report` an undecided leaf is listed instead, without a view.
     """
     keyed = jax.tree_util.tree_leaves_with_path(tree)
     paths, values = [path_of(keys) for keys, _ in keyed], [value for _, value in keyed]

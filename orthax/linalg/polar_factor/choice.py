@@ -89,8 +89,7 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
       True
     """
     check_matrices("polar", x)
-    if accuracy not in ACCURACIES:
-        check.choice("polar: accuracy", accuracy, ACCURACIES)
+    check.choice("polar: accuracy", accuracy, ACCURACIES)
     short, long = sorted(x.shape[-2:])
     if short <= 1:  # a vector has one singular value, its length
         return normalize(x).astype(x.dtype)
