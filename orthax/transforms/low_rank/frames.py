@@ -99,9 +99,8 @@ class Frame:
 
     def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
         """The leaf again."""
-        columns = self.shape[-1]
-        whole = self._run(lambda *kept: dequantize(Quantized(*kept), bits, columns), self.sharding)
-        return whole(*kept)
+        run = self._run(lambda kept: dequantize(kept, bits, self.shape[-1]), self.sharding)
+        return run(kept)
 
     @property
     def low_shape(self) -> tuple[int, ...]:

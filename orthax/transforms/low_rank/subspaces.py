@@ -4,7 +4,6 @@
   indices, (..., r), increasing. When they change, what belonged to an index moves with it.
 * `Adaptive`: columns made from the matrix itself, kept as (..., n, r). When they change, what was
   measured along the old ones is rotated to the new ones.
-* `Whole`: no projection.
 """
 
 import dataclasses
@@ -191,13 +190,9 @@ for _kind in (Selection, Transformed, Stored, Adaptive, Whole):
 
 
 class Kind(NamedTuple):
-    """The arguments of `low_rank` that say which subspaces it takes.
+    """The arguments of `low_rank` that say which subspaces it takes, and its name for errors.
 
-    Attributes:
-      call: Name of the public call, for error messages.
-      basis: One of BASES.
-      ranking: For selections.
-      seed: Of the columns that adaptive ones start from, and of random bases.
+    `seed` is of the columns that adaptive ones start from, and of random bases.
     """
 
     call: str
@@ -212,26 +207,21 @@ def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Su
     `matrix` is the basis "random", which is kept; None for all others.
     """
     call, basis, ranking, seed = kind
-    if basis == "svd":
-        return Adaptive(_singular_vectors, jax.random.key(seed))
-    if basis == "subspace":
-        return Adaptive(_power_step, jax.random.key(seed))
+    if basis in ADAPTIVE:
+        refresh = _singular_vectors if basis == "svd" else _power_step
+        return Adaptive(refresh, jax.random.key(seed))
     if basis == "columns":
         return Selection(ranking)
     if basis == "hadamard":
         check_hadamard_size(f"{call}: '{path}'", n)
+        return Transformed(ranking, hadamard_transform, hadamard_columns)
     if basis == "random":
         assert matrix is not None
         return Stored(ranking, matrix)
-    multiply, columns = {
-        "dct": (cosine_transform, dct_columns),
-        "dct3": (
-            functools.partial(cosine_transform, inverse=True),
-            functools.partial(dct_columns, transposed=True),
-        ),
-        "hadamard": (hadamard_transform, hadamard_columns),
-    }[basis]
-    return Transformed(ranking, multiply, columns)
+    if basis == "dct":
+        return Transformed(ranking, cosine_transform, dct_columns)
+    inverse = functools.partial(cosine_transform, inverse=True)
+    return Transformed(ranking, inverse, functools.partial(dct_columns, transposed=True))
 
 
 def _take_columns(x: jax.Array, indices: jax.Array) -> jax.Array:
