@@ -117,8 +117,7 @@ def pads_of(
         sizes = input_size or np.multiply(geometry.strides, geometry.extent).tolist()
         return lax.padtype_to_pads(sizes, geometry.extent, geometry.strides, "SAME")
     entries = _entries(padding)
-    if entries is None:
-        entries = (padding,) * axes
+    entries = (padding,) * axes if entries is None else entries
     pairs = [(p, p) if _entries(p) is None else _entries(p) for p in entries]
     whole = functools.partial(check.integer, "padding", interval="[0, inf)")
     try:

@@ -1,7 +1,4 @@
-"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
-
-Only shapes live here; which leaf has which dimension numbers is decided in `partition.py`.
-"""
+"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views."""
 
 import dataclasses
 import math
@@ -150,11 +147,11 @@ def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.eval_shape(view._move, x)
     sharding = explicit_sharding(x)
-    out = None
-    if sharding is not None:
-        specs = view._moved_spec(spec_of(sharding, x.ndim))
-        is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
-        out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
+    if sharding is None:
+        return view._move(x)
+    specs = view._moved_spec(spec_of(sharding, x.ndim))
+    is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
+    out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
     return laid_out(view._move, out)(x)
 
 

@@ -33,7 +33,6 @@ def auon(
     gamma**2 / (2 fan_in fan_out).
 
     Args:
-      learning_rate: Number or schedule.
       momentum: A number in [0, 1), or a transformation. With `mode="code"` a number is the decay of
         an average, as in the repository: the direction is `1 - momentum` times the trace.
       gamma: Factor in the cosh, at least 0.
@@ -46,8 +45,7 @@ def auon(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range; TypeError: as there.

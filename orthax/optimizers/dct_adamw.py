@@ -93,8 +93,7 @@ def dct_adamw(
 
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         # Where Muon has its momentum, so that the states of both are alike.
-        place = optax.identity()
-        return optax.chain(place, leaves(low_rank), leaves.masked(decay, mask), rate)
+        return optax.chain(optax.identity(), leaves(low_rank), leaves.masked(decay, mask), rate)
 
     rest = fallback_chain("dct_adamw", fallback, adam, decay, mask, rate)
     return partition("dct_adamw", matrices, rest, dimension_numbers)

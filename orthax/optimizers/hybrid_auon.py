@@ -50,8 +50,7 @@ def hybrid_auon(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `steps` out of range.

@@ -34,8 +34,6 @@ def normuon(
     than inputs.
 
     Args:
-      learning_rate: Number or schedule.
-      momentum: A number in [0, 1), or a transformation.
       decay: Decay of the per-neuron second moment, in [0, 1).
       shape_scale: Transformation of matrices. `scale_by_width` is the official code's,
         `scale_to_rms` the paper's.

@@ -37,8 +37,6 @@ def root(
     distorts momentum without outliers too: `quantile=1` leaves it out.
 
     Args:
-      learning_rate: Number or schedule.
-      momentum: A number in [0, 1), or a transformation.
       quantile: Part of each matrix's entries that are not clipped, in [0, 1].
       orthogonalizer: Transformation of matrices. The default fits the step table to each shape,
         which is what the paper's AdaNewton does.
@@ -46,8 +44,7 @@ def root(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
       ValueError: As `orthax.muon`, and for `quantile` outside [0, 1]; TypeError: as `orthax.muon`.

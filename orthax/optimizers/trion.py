@@ -83,8 +83,7 @@ def trion(
 
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         # Where Muon has its momentum, so that the states of both are alike.
-        place = optax.identity()
-        return optax.chain(place, leaves(direction), leaves.masked(decay, mask), rate)
+        return optax.chain(optax.identity(), leaves(direction), leaves.masked(decay, mask), rate)
 
     rest = fallback_chain("trion", fallback, adam, decay, mask, rate)
     return partition("trion", matrices, rest, dimension_numbers)
