@@ -50,7 +50,6 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
       [[5.e-30]]
     """
@@ -74,7 +73,6 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       TypeError: If `x` is not floating, or `eps` no number.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """

@@ -59,7 +59,6 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
       >>> norm, vector, error = spectral_norm(x, jnp.array([1.0, 1.0]))
       >>> print(f"{norm:.2f} {error:.2f}")
       2.73 0.88
-
     """
     check_matrices("spectral_norm", x)
     steps = check.integer("spectral_norm: steps", steps)

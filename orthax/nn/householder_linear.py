@@ -58,7 +58,6 @@ class HouseholderLinear(nnx.Module):
       >>> kernel = layer.kernel
       >>> bool(jnp.allclose(kernel.T @ kernel, jnp.eye(3), atol=1e-5))
       True
-
     """
 
     def __init__(

@@ -83,7 +83,6 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
       ValueError: For fewer than two axes or an unknown `accuracy`; TypeError: if not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> q = polar(jnp.array([[0.0, 5.0], [-2.0, 0.0]]), "exact")
       >>> bool(jnp.allclose(q, jnp.array([[0.0, 1.0], [-1.0, 0.0]]), atol=0.06))
       True
@@ -125,7 +124,6 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
       ValueError: For fewer than two axes or a negative `rtol`; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(polar_svd(jnp.array([[0.0, 5.0], [-2.0, 0.0]])).round(6) + 0.0)
       [[ 0.  1.]
        [-1.  0.]]

@@ -139,7 +139,6 @@ def zolotarev(
         `lower` is less than rounding admits; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> q = zolotarev(jnp.diag(jnp.array([3.0, 1e-5])), 4, passes=2)
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
