@@ -140,9 +140,8 @@ def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:
     """Raises unless windows go round an input of the given size in whole strides."""
     if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
         accepted = f"a multiple of the strides {geometry.strides}"
-        raise ValueError(
-            f"{call}: with circular padding, input_size must be {accepted}, got {size}."
-        )
+        argument = f"{call}: with circular padding, input_size"
+        raise ValueError(f"{argument} must be {accepted}, got {size}.")
 
 
 def convolution_matrix(

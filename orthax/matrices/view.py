@@ -174,9 +174,8 @@ def make_view(call: str, path: str, leaf: jax.Array, dims: object) -> MatrixView
 def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: object) -> MatrixView:
     if not isinstance(dims, DimensionNumbers):
         accepted = "MuonDimensionNumbers, orthax.Packed of such, and None"
-        raise TypeError(
-            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are {accepted}."
-        )
+        given = f"dimension numbers of '{path}' are {dims!r}"
+        raise TypeError(f"{call}: {given}; accepted are {accepted}.")
     given = f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"
     where = f"{call}: '{path}' has shape {shape} but dimension numbers {given}"
     reduction = _axes(where, shape, dims.reduction_axis)
