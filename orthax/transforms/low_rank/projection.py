@@ -167,8 +167,8 @@ def projected(
             dtypes = [x.dtype for x in saved]
             residuals = save(frames, left, dtypes, structure, state.count)
         count, subspaces = optax.safe_increment(state.count), structure.unflatten(new)
-        state = LowRankState(jnp.asarray(count), subspaces, state.bases, residuals, inner_state)
-        return structure.unflatten(results), state
+        after = LowRankState(jnp.asarray(count), subspaces, state.bases, residuals, inner_state)
+        return structure.unflatten(results), after
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(init, update), matrices_of=call)
 
