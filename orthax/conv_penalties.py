@@ -200,13 +200,6 @@ def orthogonal_convolution_exists(
     return geometry.outputs >= rank and tuple(by_columns) == geometry.strides
 
 
-def _exchange_channels(call: str, kernel: jax.Array, groups: int) -> jax.Array:
-    """Kernel of the convolution whose transpose is the layer, but for a reflection."""
-    if check.integer(f"{call}: groups", groups) != 1:
-        raise ValueError(f"{call}: a transposed layer has one group, got groups={groups!r}.")
-    return jnp.swapaxes(kernel, -1, -2)
-
-
 def _offsets(
     geometry: convolution.Geometry, self_padding: int | None
 ) -> list[tuple[tuple[int, ...] | None, bool, int]]:

@@ -5,7 +5,6 @@ argument, what came and what is accepted. `where` is "call: argument", such as "
 Values of tracers are not known, so a tracer of a number passes as a number.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeGuard
 
@@ -23,12 +22,8 @@ def number(
 ) -> Any:
     """The number that came, or an error unless it is in an interval such as "[0, 1)"; NaN never is.
 
-    Args:
-      where: "call: argument".
-      x: What came.
-      interval: The accepted numbers; NaN is in none.
-      alternative: What else is accepted and was ruled out already, such as " or a schedule".
-      static: Whether the value must be known while tracing; then it is a float that comes back.
+    `alternative` names what else is accepted and was ruled out already, such as " or a schedule". A
+    `static` value must be known while tracing, and it is a float that comes back.
     """
     if not is_number(x) or (static and isinstance(x, Tracer)):
         _refuse(TypeError, where, f"a number in {interval}{alternative}", x)
@@ -135,11 +130,6 @@ def _refuse(kind: Callable[[str], Exception], where: str, accepted: str, x: obje
 
 
 def _lies_in(x: float, interval: str) -> bool:
-    low, high, with_low, with_high = _ends(interval)
-    return (low < x or (with_low and x == low)) and (x < high or (with_high and x == high))
-
-
-@functools.cache
-def _ends(interval: str) -> tuple[float, float, bool, bool]:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return low, high, interval[0] == "[", interval[-1] == "]"
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= x if interval[0] == "[" else low < x
+    return above and (x <= high if interval[-1] == "]" else x < high)

@@ -5,7 +5,6 @@ what came, and calls the function once per stack of equal shapes where that pays
 shapes and many layers, and stacks make a compiled program as large as the number of shapes.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,19 +85,14 @@ def each_matrix(
         for it. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
     """
-    mapped = functools.partial(
-        map_matrices, call, step, numbers=numbers, share=share, per_shape=per_shape
-    )
 
     def init_all(params: optax.Params) -> optax.OptState:
         if init is None or state_type is None:
             return optax.EmptyState()
         check_matrix_leaves(call, params)
         leaves, structure = jax.tree.flatten(params)
-        rows = [init(leaf) for leaf in leaves]
-        return state_type(
-            *(structure.unflatten(tree) for tree in _columns(rows, len(state_type._fields)))
-        )
+        columns = _columns(list(map(init, leaves)), len(state_type._fields))
+        return state_type(*map(structure.unflatten, columns))
 
     def update_all(
         updates: optax.Updates, state: Any, params: Any = None
@@ -106,12 +100,10 @@ def each_matrix(
         if needs_params:
             check_params(call, params)
             check_matrix_leaves(call, params)
-        extra = [params] if needs_params else []
-        if init is None or state_type is None:
-            (results,) = mapped(updates, *extra)
-            return results, state
-        results, *new = mapped(updates, *state, *extra, outputs=1 + len(state))
-        return results, state_type(*new)
+        kept = () if state_type is None else state
+        trees = [updates, *kept, *([params] if needs_params else [])]
+        results, *new = map_matrices(call, step, trees, 1 + len(kept), numbers, share, per_shape)
+        return results, state if state_type is None else state_type(*new)
 
     made = EachMatrix(init_all, update_all)
     made.call, made.step, made.needs_params = call, step, needs_params
@@ -121,20 +113,19 @@ def each_matrix(
 def map_matrices(
     call: str,
     fun: Callable[..., Any],
-    tree: Any,
-    *rest: Any,
-    numbers: tuple[Any, ...] = (),
-    outputs: int = 1,
-    share: float = NONE,
-    per_shape: Callable[..., jax.Array] | None = None,
+    trees: list[Any],
+    outputs: int,
+    numbers: tuple[Any, ...],
+    share: float,
+    per_shape: Callable[..., jax.Array] | None,
 ) -> list[Any]:
     """Maps `fun` over the leaves of trees of one structure; `None` and masked leaves stay.
 
     The first tree holds matrices. Result i of `outputs`, a tuple where there are several, takes
     dtype and sharding from argument i. All else is as in `each_matrix`.
     """
-    leaves, places, structure = matrix_leaves(call, tree)
-    rows = list(zip(leaves, *(structure.flatten_up_to(other) for other in rest), strict=True))
+    leaves, places, structure = matrix_leaves(call, trees[0])
+    rows = list(zip(*map(structure.flatten_up_to, trees), strict=True))
     results: list[Row] = [row[:outputs] for row in rows]  # as they are, without entries
     filled = [i for i, x in enumerate(leaves) if x.size]
     # Leaves on Auto axes share no stack: it would mix shardings that only the compiler knows.
@@ -209,10 +200,8 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
 def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[Row]:
     """Results of `fun` on the stack of some rows' matrices, cut again.
 
-    Args:
-      fun: Function of stacks (k, m, n), one for each array of a row; commutes with transposition.
-      rows: The rows, each of arrays of one shape.
-      last: Last arguments of `fun`, the same for all.
+    `fun` takes stacks (k, m, n), one for each array of a row, which are all of one shape, and the
+    last arguments; it commutes with transposition.
     """
 
     def with_last(*matrices: jax.Array) -> jax.Array:

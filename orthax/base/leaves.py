@@ -33,12 +33,6 @@ def path_text(keys: KeyPath) -> str:
     return joined(path_of(keys))
 
 
-def paths_of(tree: optax.Params) -> tuple[list[Path], list[str]]:
-    """The paths of all leaves, in the order of `jax.tree.leaves`, and the same as text."""
-    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return paths, [joined(path) for path in paths]
-
-
 def _is_box(keys: KeyPath, at: int) -> bool:
     """Whether a key is the `.value` of a box: the last one, or the first attribute in a container.
 
@@ -155,10 +149,7 @@ def keep_dtypes(
         return inner.init(jax.tree.map(widened, params))
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         if matrices_of is not None:
             check_matrix_leaves(matrices_of, updates)

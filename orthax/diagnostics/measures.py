@@ -13,7 +13,6 @@ from orthax.linalg.elementary import (
     gram_deviation,
     norm_with_gradient,
     unit_max,
-    wide,
     wide_dtype,
 )
 from orthax.linalg.spectral import spectral_norm, start_vector
@@ -213,12 +212,11 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
-        dtype = wide_dtype(w.dtype)
-        return start_vector(call, None, jnp.zeros((*w.shape[:-2], 0, 0), dtype), w.shape[-1])
+        return start_vector(call, None, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype))
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_matrices(call, w, "w")
-        vector = start_vector(call, vector, wide(w), w.shape[-1])
+        vector = start_vector(call, vector, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype))
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector
 

@@ -114,15 +114,12 @@ def of_both(
 
 
 def _check_measure(call: str, measure: Any) -> None:
-    measures = [measure]
-    if isinstance(measure, PathRules):
-        measures = [value for _, value in measure.rules] + [measure.default]
-        measures = [value for value in measures if value is not None and value is not ...]
-    for value in measures:
-        if isinstance(measure, PathRules):
+    if not isinstance(measure, PathRules):
+        check_measure(f"{call}: measure", measure, "a function of matrices")
+        return
+    for value in (*(value for _, value in measure.rules), measure.default):
+        if value is not None and value is not ...:
             check.function(f"{call}: measure", value)
-        else:
-            check_measure(f"{call}: measure", value, "a function of matrices")
 
 
 def _monitored(

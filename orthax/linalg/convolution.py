@@ -117,8 +117,7 @@ def pads_of(
         sizes = input_size or np.multiply(geometry.strides, geometry.extent).tolist()
         return lax.padtype_to_pads(sizes, geometry.extent, geometry.strides, "SAME")
     entries = _entries(padding)
-    if entries is None:
-        entries = (padding,) * axes
+    entries = (padding,) * axes if entries is None else entries
     pairs = [(p, p) if _entries(p) is None else _entries(p) for p in entries]
     whole = functools.partial(check.integer, "padding", interval="[0, inf)")
     try:
@@ -141,9 +140,8 @@ def check_circle(call: str, geometry: Geometry, size: tuple[int, ...]) -> None:
     """Raises unless windows go round an input of the given size in whole strides."""
     if any(n % s for n, s in zip(size, geometry.strides, strict=True)):
         accepted = f"a multiple of the strides {geometry.strides}"
-        raise ValueError(
-            f"{call}: with circular padding, input_size must be {accepted}, got {size}."
-        )
+        argument = f"{call}: with circular padding, input_size"
+        raise ValueError(f"{argument} must be {accepted}, got {size}.")
 
 
 def convolution_matrix(

@@ -48,11 +48,9 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       Shape (..., 1, 1), real, at least float32. Zero for a zero or empty matrix, NaN for a NaN.
 
     Raises:
-      ValueError: If `x` has fewer than two axes.
-      TypeError: If `x` is not floating.
+      ValueError: If `x` has fewer than two axes; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
       [[5.e-30]]
     """
@@ -76,7 +74,6 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       TypeError: If `x` is not floating, or `eps` no number.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """

@@ -173,7 +173,7 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
        [0. 0.]]
     """
     call = "householder_factors"
-    _check_real(call, "w", w)
+    check_matrices(call, w, "w", kind=jnp.floating)
     short = min(w.shape[-2:])
     rank = short if rank is None else check.integer(f"{call}: rank", rank, f"[1, {short}]")
     scaled, _ = unit_max(w)
@@ -192,12 +192,8 @@ def _unit_columns(v: jax.Array) -> jax.Array:
     return jnp.where(squares == 0, 0, v * lax.rsqrt(jnp.where(squares == 0, 1, squares)))
 
 
-def _check_real(call: str, argument: str, x: Any) -> None:
-    check_matrices(call, x, argument, kind=jnp.floating)
-
-
 def _check_tall(call: str, argument: str, x: Any) -> None:
-    _check_real(call, argument, x)
+    check_matrices(call, x, argument, kind=jnp.floating)
     if x.shape[-2] < x.shape[-1]:
         accepted = "it must not have more columns than rows. Transpose a wide matrix"
         raise ValueError(f"{call}: {argument} has shape {x.shape}; {accepted}.")

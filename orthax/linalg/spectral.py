@@ -59,7 +59,6 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
       >>> norm, vector, error = spectral_norm(x, jnp.array([1.0, 1.0]))
       >>> print(f"{norm:.2f} {error:.2f}")
       2.73 0.88
-
     """
     check_matrices("spectral_norm", x)
     steps = check.integer("spectral_norm: steps", steps)
@@ -67,14 +66,14 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     # gradient of s = u^H x v is u v^H with u and v held constant, as their own change is orthogonal
     # to them: so nothing flows back through the iteration, and it needs no memory for that.
     scaled, scale = constant_unit_max(x)
-    start = start_vector("spectral_norm", vector, scaled, x.shape[-1])
+    start = start_vector("spectral_norm", vector, (*x.shape[:-2], x.shape[-1]), scaled.dtype)
     fixed = lax.stop_gradient(scaled)
-    v = power_iteration(lambda v: _times(fixed.mT.conj(), _times(fixed, v)), start, steps - 1)
-    image = _times(fixed, v)
+    v = power_iteration(lambda v: times(fixed.mT.conj(), times(fixed, v)), start, steps - 1)
+    image = times(fixed, v)
     u = unit(image, image)
     # With u and v fixed, the norm of x^H u has the gradient u v^H of a singular value.
     # That norm is at least |x v| and, as u is a unit vector, at most the largest singular value.
-    adjoint = _times(scaled.mT.conj(), u)
+    adjoint = times(scaled.mT.conj(), u)
     norm, smaller = vector_norm(adjoint), vector_norm(image)
     # (u, v) / sqrt(2) is nearly an eigenvector of [[0, x], [x^H, 0]], whose eigenvalues are the
     # singular values and their negatives: with |x v| it misses by residual / sqrt(2), so one lies
@@ -90,11 +89,13 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     )
 
 
-def start_vector(call: str, vector: ArrayLike | None, x: jax.Array, size: int) -> jax.Array:
+def start_vector(
+    call: str, vector: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
     """The given vector at unit length, or a fixed random one where it is zero or not finite."""
-    shape = (*x.shape[:-2], size)
     # The same for all matrices of a batch, so that each is treated as if alone.
-    direction = jax.random.normal(jax.random.key(0), (size,), x.real.dtype).astype(x.dtype)
+    normal = jax.random.normal(jax.random.key(0), shape[-1:], jnp.finfo(dtype).dtype)
+    direction = normal.astype(dtype)
     fixed = jnp.broadcast_to(direction, shape)
     fixed = unit(fixed, fixed)
     if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
@@ -102,7 +103,7 @@ def start_vector(call: str, vector: ArrayLike | None, x: jax.Array, size: int) -
     check_array(call, vector, "vector")
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
-    vector = lax.stop_gradient(jnp.asarray(vector).astype(x.dtype))
+    vector = lax.stop_gradient(jnp.asarray(vector).astype(dtype))
     usable = jnp.all(jnp.isfinite(vector), axis=-1, keepdims=True)
     return unit(jnp.where(usable, vector, fixed), fixed)
 
@@ -125,5 +126,6 @@ def power_iteration(
     return lax.fori_loop(0, steps, lambda _, v: unit(apply(v), v), start)
 
 
-def _times(x: jax.Array, v: jax.Array) -> jax.Array:
+def times(x: jax.Array, v: jax.Array) -> jax.Array:
+    """Products of matrices and vectors, shape (..., m)."""
     return jnp.matmul(x, v[..., None], precision=lax.Precision.HIGHEST)[..., 0]

@@ -4,7 +4,7 @@ It promises only what these decide. Where they do not, it raises `Undecided` and
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from orthax.base.leaves import Path, joined
 from orthax.matrices.view import DimensionNumbers
@@ -26,21 +26,6 @@ _LIFTED = re.compile(r"(?:Checkpoint|Jit)*(?:Scan|Vmap)[A-Z]")  # may stack laye
 
 class Undecided(ValueError):
     """Names and shapes do not say which axes of a leaf are the matrix."""
-
-
-Verdict = tuple[DimensionNumbers | None, str] | Undecided
-"""Dimension numbers (None for the fallback) and the reason; or why there are none."""
-
-
-def default_verdicts(paths: Iterable[Path], shapes: Shapes) -> dict[Path, Verdict]:
-    """What the default rule says of each of some leaves."""
-    verdicts: dict[Path, Verdict] = {}
-    for path in paths:
-        try:
-            verdicts[path] = default_rule(path, shapes)
-        except Undecided as error:
-            verdicts[path] = error
-    return verdicts
 
 
 def default_rule(path: Path, shapes: Shapes) -> tuple[DimensionNumbers | None, str]:
@@ -121,9 +106,7 @@ def _is_attention(path: Path, shapes: Shapes) -> bool:
     """
     kernels = [shapes.get((*path[:-2], name, "kernel"), ()) for name in _ATTENTION]
     query, key, value, out = kernels
-    if min(map(len, kernels)) < 3:
-        return False
-    if len({len(query), len(key), len(value), len(out)}) > 1:
+    if len(query) < 3 or len(set(map(len, kernels))) > 1:
         return False
     stack = len(query) - 3
     heads_fit = query[-2:] == out[-3:-1] and key[-1] == query[-1] and value[-2] == key[-2]

@@ -70,23 +70,19 @@ def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
       path       shape   view    batch  fan_in  fan_out  destination  reason
       up/kernel  (4, 8)  (4, 8)  1      4       8        matrices     two axes: (rows, cols)
     """
-    return Explanation(
-        tuple(_line(leaf) for leaf in resolve("explain", params, dimension_numbers, report=True))
-    )
+    leaves = resolve("explain", params, dimension_numbers, report=True)
+    return Explanation(tuple(map(_line, leaves)))
 
 
 def _line(leaf: Leaf) -> ExplainedLeaf:
+    shape = np.shape(leaf.value)
     if leaf.view is None:
-        undecided = leaf.reason.startswith("undecided")
-        destination = "undecided" if undecided else "fallback"
-        return ExplainedLeaf(
-            leaf.path, np.shape(leaf.value), "", "", "", "", destination, leaf.reason
-        )
+        destination = "undecided" if leaf.reason.startswith("undecided") else "fallback"
+        return ExplainedLeaf(leaf.path, shape, "", "", "", "", destination, leaf.reason)
     views = leaf.view.sections if not isinstance(leaf.view, MatrixView) else (leaf.view,)
     batch = sum(math.prod(view.batch) for view in views)
     fan_in = " + ".join(str(size) for size in dict.fromkeys(view.fan_in for view in views))
     fan_out = " + ".join(str(view.fan_out) for view in views)
-    shape = np.shape(leaf.value)
     return ExplainedLeaf(
         leaf.path, shape, str(leaf.view), str(batch), fan_in, fan_out, "matrices", leaf.reason
     )

@@ -1,9 +1,7 @@
 """Which leaf is a matrix: decided once, over the whole tree, and handed to what needs it.
 
 Models hold kernels of any rank, biases and embeddings; Muon's family works on matrices `(*batch,
-rows, cols)`. `resolve` decides for each leaf whether and how it is one. `partition_matrices(build,
-rest)` sends those that are to the chain that `build(leaves)` makes; `leaves(inner)` in it shows
-`inner` the matrices, as `as_matrices(inner)` does where all leaves are. Views are static, so
+rows, cols)`. `resolve` decides for each leaf whether and how it is one. Views are static, so
 nothing is added to a compiled program but the reshapes.
 """
 
@@ -16,8 +14,8 @@ import numpy as np
 import optax
 
 from orthax.base import check
-from orthax.base.leaves import Path, keep_dtypes, paths_of
-from orthax.matrices.default_rule import Undecided, default_verdicts
+from orthax.base.leaves import Path, is_masked, joined, keep_dtypes, path_of
+from orthax.matrices.default_rule import Undecided, default_rule
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
 
@@ -107,7 +105,7 @@ def as_matrices(
     """
     check.transformation("as_matrices: inner", inner)
 
-    def all_decided(tree: Any) -> Any:
+    def shown(tree: Any) -> optax.GradientTransformationExtraArgs:
         decided = resolve("as_matrices", tree, dimension_numbers)
         for leaf in decided:
             if leaf.view is None:
@@ -116,21 +114,9 @@ def as_matrices(
                     f"matrix ({leaf.reason}); send it elsewhere with orthax.partition_matrices or "
                     "give its dimension numbers."
                 )
-        return jax.tree.structure(tree).unflatten(decided)
+        return _shown_matrices(inner, jax.tree.structure(tree).unflatten(decided))
 
-    def init(params: optax.Params) -> optax.OptState:
-        return _shown_matrices(inner, all_decided(params)).init(params)
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        shown = _shown_matrices(inner, all_decided(updates))
-        return shown.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _built_for_each_tree(shown)
 
 
 def partition_matrices(
@@ -199,16 +185,21 @@ def partition(
         both = optax.partition(chains, structure.unflatten(labels))
         return keep_dtypes(both) if built else both
 
+    return _built_for_each_tree(parts)
+
+
+def _built_for_each_tree(
+    build: Callable[[Any], optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that `build` makes of the tree at hand: of params, or of updates."""
+
     def init(params: optax.Params) -> optax.OptState:
-        return parts(params).init(params)
+        return build(params).init(params)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        return parts(updates).update(updates, state, params, **extra)
+        return build(updates).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -221,11 +212,8 @@ def _shown_matrices(
 
     # A part sees `optax.MaskedNode` in the place of the other's leaves. A gradient may be None
     # where there is a parameter.
-    def masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
     def view_of(x: Any, leaf: Leaf | None) -> MatrixView | PackedView | None:
-        if masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
+        if is_masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
             return None
         return leaf.view
 
@@ -234,23 +222,20 @@ def _shown_matrices(
             view = view_of(x, leaf)
             return x if view is None else open_view(view, x)
 
-        return jax.tree.map(open_leaf, tree, decided, is_leaf=masked)
+        return jax.tree.map(open_leaf, tree, decided, is_leaf=is_masked)
 
     def closed(results: Any, like: Any) -> Any:
         def close_leaf(x: Any, result: Any, leaf: Leaf) -> Any:
             view = view_of(x, leaf)
             return result if view is None else close_view(view, result, x)
 
-        return jax.tree.map(close_leaf, like, results, decided, is_leaf=masked)
+        return jax.tree.map(close_leaf, like, results, decided, is_leaf=is_masked)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(opened(params))
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         opened_params = None if params is None else opened(params)
         results, state = inner.update(opened(updates), state, opened_params, **extra)
@@ -260,40 +245,30 @@ def _shown_matrices(
 
 
 def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = False) -> list[Leaf]:
-    """Decides for each leaf of a tree whether and how it is a matrix.
+    """Decides for each leaf of a tree, in the order of `jax.tree.leaves`, how it is a matrix.
 
     A rule sees the leaf's path, its shape and the shapes of all other leaves, never values: the
     bias of a kernel, itself no matrix, may tell which axes are outputs.
 
-    Args:
-      call: Name of the public call, for error messages.
-      tree: Arrays or `ShapeDtypeStruct`s.
-      dimension_numbers: None (the default rule), one value, a tree or prefix of one, a callable
-        from the tree to such a tree, or `PathRules`.
-      report: Whether an undecided leaf is listed (view None, the message as reason) or raises.
-
-    Returns:
-      One `Leaf` per leaf, in the order of `jax.tree.leaves`; `view` is None for the fallback.
-
-    Raises:
-      ValueError: For an undecided leaf, axes that do not fit, a wrong tree; it names the leaf.
-      TypeError: For a matrix leaf that is not floating.
+    The tree is of arrays or `ShapeDtypeStruct`s; `dimension_numbers` are as in `as_matrices`. A
+    matrix that is not floating raises a `TypeError`; an undecided leaf, axes that do not fit and a
+    wrong tree a `ValueError`. With `report` an undecided leaf is listed instead, without a view.
     """
-    (paths, names), values = paths_of(tree), jax.tree.leaves(tree)
+    keyed = jax.tree_util.tree_leaves_with_path(tree)
+    paths, values = [path_of(keys) for keys, _ in keyed], [value for _, value in keyed]
+    names = list(map(joined, paths))
     chosen = [(..., "")] * len(names)  # `...`: no rule of the user's, so names and shapes decide
     if dimension_numbers is not None and names:
         chosen = chosen_values(call, tree, names, dimension_numbers)
     shapes = {path: np.shape(value) for path, value in zip(paths, values, strict=True)}
-    unruled = [path for path, (dims, _) in zip(paths, chosen, strict=True) if dims is ...]
-    verdicts = default_verdicts(unruled, shapes)
 
     def decide(path: Path, name: str, value: Any, choice: tuple[Any, str]) -> Leaf:
-        verdict = verdicts[path] if choice[0] is ... else choice
-        if isinstance(verdict, Undecided):
+        try:
+            dims, reason = default_rule(path, shapes) if choice[0] is ... else choice
+        except Undecided as error:
             if not report:
-                raise Undecided(f"{call}: {verdict}")
+                raise Undecided(f"{call}: {error}") from None
             return Leaf(name, value, None, "undecided: names and shapes leave several readings")
-        dims, reason = verdict
         view = None if dims is None else make_view(call, name, value, dims)
         return Leaf(name, value, view, reason)
 

@@ -1,7 +1,4 @@
-"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views.
-
-Only shapes live here; which leaf has which dimension numbers is decided in `partition.py`.
-"""
+"""Reading one array as matrices: `MatrixView`, `Packed` and how dimension numbers become views."""
 
 import dataclasses
 import math
@@ -150,11 +147,11 @@ def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.eval_shape(view._move, x)
     sharding = explicit_sharding(x)
-    out = None
-    if sharding is not None:
-        specs = view._moved_spec(spec_of(sharding, x.ndim))
-        is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
-        out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
+    if sharding is None:
+        return view._move(x)
+    specs = view._moved_spec(spec_of(sharding, x.ndim))
+    is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
+    out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
     return laid_out(view._move, out)(x)
 
 
@@ -177,9 +174,8 @@ def make_view(call: str, path: str, leaf: jax.Array, dims: object) -> MatrixView
 def _matrix_view(call: str, path: str, shape: tuple[int, ...], dims: object) -> MatrixView:
     if not isinstance(dims, DimensionNumbers):
         accepted = "MuonDimensionNumbers, orthax.Packed of such, and None"
-        raise TypeError(
-            f"{call}: dimension numbers of '{path}' are {dims!r}; accepted are {accepted}."
-        )
+        given = f"dimension numbers of '{path}' are {dims!r}"
+        raise TypeError(f"{call}: {given}; accepted are {accepted}.")
     given = f"(reduction_axis={dims.reduction_axis}, output_axis={dims.output_axis})"
     where = f"{call}: '{path}' has shape {shape} but dimension numbers {given}"
     reduction = _axes(where, shape, dims.reduction_axis)

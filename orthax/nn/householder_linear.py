@@ -38,8 +38,7 @@ class HouseholderLinear(nnx.Module):
       bias: Shape (out_features,), or None.
 
     Args:
-      in_features: Number of inputs.
-      out_features: Number of outputs.
+      in_features: Number of inputs; `out_features`: of outputs.
       rank: k, from 1 to min(in_features, out_features). None: all of it.
       use_bias: Whether to add a bias.
       dtype: Of the computation; None: of inputs and parameters. The kernel is in at least float32.
@@ -58,7 +57,6 @@ class HouseholderLinear(nnx.Module):
       >>> kernel = layer.kernel
       >>> bool(jnp.allclose(kernel.T @ kernel, jnp.eye(3), atol=1e-5))
       True
-
     """
 
     def __init__(

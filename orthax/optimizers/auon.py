@@ -7,7 +7,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
 from orthax.transforms.cosh import MODES, scale_by_cosh_rms
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
@@ -33,7 +33,6 @@ def auon(
     gamma**2 / (2 fan_in fan_out).
 
     Args:
-      learning_rate: Number or schedule.
       momentum: A number in [0, 1), or a transformation. With `mode="code"` a number is the decay of
         an average, as in the repository: the direction is `1 - momentum` times the trace.
       gamma: Factor in the cosh, at least 0.
@@ -46,15 +45,12 @@ def auon(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
-      ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range.
-      TypeError: As `orthax.muon`.
+      ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range; TypeError: as there.
 
-    Reference:
-      Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
+    Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     check.number("auon: gamma", gamma, "[0, inf)")
     check.choice("auon: mode", mode, MODES)
@@ -71,8 +67,5 @@ def auon(
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("auon: fallback", fallback, others)
+    rest = fallback_chain("auon", fallback, adam, decay, mask, rate)
     return partition("auon", matrices, rest, dimension_numbers)

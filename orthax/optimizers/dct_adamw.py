@@ -9,7 +9,7 @@ import optax
 from orthax.base import check
 from orthax.base.leaves import keep_dtypes
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, rate_step
 from orthax.transforms.adam_per_index import scale_by_adam_per_index
 from orthax.transforms.low_rank.projection import projected
 
@@ -41,8 +41,7 @@ def dct_adamw(
 
     Args:
       learning_rate: Number or schedule; AdamW's values are a good start.
-      rank: Dimensions r: an integer, a fraction of the shorter side, or a function of (m, n); see
-        `orthax.low_rank`. Matrices whose shorter side is not above it are not projected.
+      rank: Dimensions r, as in `orthax.low_rank`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
@@ -69,8 +68,7 @@ def dct_adamw(
       ValueError: As `orthax.low_rank`, for unknown `bias_correction`, decays outside [0, 1).
       TypeError: As `orthax.low_rank`.
 
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>.
     """
     check.flag("dct_adamw: error_feedback", error_feedback)
     check.choice("dct_adamw: bias_correction", bias_correction, ("per_index", "global"))
@@ -95,11 +93,7 @@ def dct_adamw(
 
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         # Where Muon has its momentum, so that the states of both are alike.
-        place = optax.identity()
-        return optax.chain(place, leaves(low_rank), leaves.masked(decay, mask), rate)
+        return optax.chain(optax.identity(), leaves(low_rank), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("dct_adamw: fallback", fallback, others)
+    rest = fallback_chain("dct_adamw", fallback, adam, decay, mask, rate)
     return partition("dct_adamw", matrices, rest, dimension_numbers)

@@ -9,7 +9,7 @@ from orthax.base import check
 from orthax.linalg import newton_schulz
 from orthax.linalg.coefficients import MUON
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
 from orthax.transforms.cosh import scale_by_cosh_rms
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -50,15 +50,13 @@ def hybrid_auon(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `steps` out of range.
       TypeError: As `orthax.muon`, and for `steps` that are no integer.
 
-    Reference:
-      Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
+    Reference: Maity, AuON, 2025, <https://arxiv.org/abs/2509.24320>.
     """
     steps = check.integer("hybrid_auon: steps", steps)
     check.number("hybrid_auon: gamma", gamma, "[0, inf)")
@@ -74,8 +72,5 @@ def hybrid_auon(
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("hybrid_auon: fallback", fallback, others)
+    rest = fallback_chain("hybrid_auon", fallback, adam, decay, mask, rate)
     return partition("hybrid_auon", matrices, rest, dimension_numbers)

@@ -7,7 +7,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
@@ -69,9 +69,8 @@ def muon(
       >>> updates, state = optimizer.update(params, state)
       >>> params = optax.apply_updates(params, updates)
 
-    Reference:
-      Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; the default shape
-      scale from Liu et al., 2025, <https://arxiv.org/abs/2502.16982>.
+    Reference: Jordan et al., Muon, 2024, <https://kellerjordan.github.io/posts/muon/>; the default
+      shape scale from Liu et al., 2025, <https://arxiv.org/abs/2502.16982>.
     """
     check.transformation("muon: orthogonalizer", orthogonalizer)
     check.transformation("muon: shape_scale", shape_scale)
@@ -85,8 +84,5 @@ def muon(
         # M <- mu M + G in the leaf's own shape; s polar(M) of its matrices; + lambda W; times -eta
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("muon: fallback", fallback, others)
+    rest = fallback_chain("muon", fallback, adam, decay, mask, rate)
     return partition("muon", matrices, rest, dimension_numbers)

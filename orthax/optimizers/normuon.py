@@ -7,7 +7,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
 from orthax.transforms.normalize import normalize_neurons
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -34,8 +34,6 @@ def normuon(
     than inputs.
 
     Args:
-      learning_rate: Number or schedule.
-      momentum: A number in [0, 1), or a transformation.
       decay: Decay of the per-neuron second moment, in [0, 1).
       shape_scale: Transformation of matrices. `scale_by_width` is the official code's,
         `scale_to_rms` the paper's.
@@ -47,11 +45,9 @@ def normuon(
       State: Muon's and one number per neuron.
 
     Raises:
-      ValueError: As `orthax.muon`, and for `decay` outside [0, 1).
-      TypeError: As `orthax.muon`.
+      ValueError: As `orthax.muon`, and for `decay` outside [0, 1); TypeError: as `orthax.muon`.
 
-    Reference:
-      Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>.
+    Reference: Li et al., NorMuon, 2025, <https://arxiv.org/abs/2510.05491>.
     """
     check.number("normuon: decay", decay, "[0, 1)")
     check.transformation("normuon: orthogonalizer", orthogonalizer)
@@ -66,8 +62,5 @@ def normuon(
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         return optax.chain(trace, leaves(direction), leaves.masked(weights_decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(weights_decay, mask), rate)
-
-    rest = given_or("normuon: fallback", fallback, others)
+    rest = fallback_chain("normuon", fallback, adam, weights_decay, mask, rate)
     return partition("normuon", matrices, rest, dimension_numbers)

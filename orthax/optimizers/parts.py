@@ -50,11 +50,16 @@ def rate_step(call: str, learning_rate: optax.ScalarOrSchedule) -> optax.Gradien
     return optax.scale_by_learning_rate(learning_rate)
 
 
-def given_or(
-    where: str, given: optax.GradientTransformation | None, default: Build
+def fallback_chain(
+    call: str,
+    fallback: optax.GradientTransformation | None,
+    adam: optax.GradientTransformation,
+    decay: optax.GradientTransformation,
+    mask: Any,
+    rate: optax.GradientTransformation,
 ) -> optax.GradientTransformation | Build:
-    """The transformation that a user gave, checked; for None, the default."""
-    if given is None:
-        return default
-    check.transformation(where, given)
-    return given
+    """The fallback that a user gave, checked; for None, AdamW of these steps."""
+    if fallback is None:
+        return lambda leaves: optax.chain(adam, leaves.masked(decay, mask), rate)
+    check.transformation(f"{call}: fallback", fallback)
+    return fallback

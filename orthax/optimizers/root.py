@@ -8,7 +8,7 @@ import optax
 from orthax.base import check
 from orthax.linalg import coefficients, newton_schulz
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, momentum_step, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
 from orthax.transforms.clip import clip_by_quantile
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -37,8 +37,6 @@ def root(
     distorts momentum without outliers too: `quantile=1` leaves it out.
 
     Args:
-      learning_rate: Number or schedule.
-      momentum: A number in [0, 1), or a transformation.
       quantile: Part of each matrix's entries that are not clipped, in [0, 1].
       orthogonalizer: Transformation of matrices. The default fits the step table to each shape,
         which is what the paper's AdaNewton does.
@@ -46,15 +44,12 @@ def root(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
-      State: Muon's.
+      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
     Raises:
-      ValueError: As `orthax.muon`, and for `quantile` outside [0, 1].
-      TypeError: As `orthax.muon`.
+      ValueError: As `orthax.muon`, and for `quantile` outside [0, 1]; TypeError: as `orthax.muon`.
 
-    Reference:
-      He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
+    Reference: He et al., ROOT, 2025, <https://arxiv.org/abs/2511.20626>.
     """
     check.number("root: quantile", quantile, "[0, 1]")
     check.transformation("root: orthogonalizer", orthogonalizer)
@@ -69,8 +64,5 @@ def root(
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("root: fallback", fallback, others)
+    rest = fallback_chain("root", fallback, adam, decay, mask, rate)
     return partition("root", matrices, rest, dimension_numbers)

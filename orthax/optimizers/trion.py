@@ -8,7 +8,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, given_or, rate_step
+from orthax.optimizers.parts import decay_step, fallback_chain, rate_step
 from orthax.transforms.low_rank.projection import projected
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -41,8 +41,7 @@ def trion(
     Args:
       learning_rate: Number or schedule. With the default shape scale an update of rank r has RMS
         0.2 sqrt(r / min(fan_in, fan_out)): less than AdamW's, so the best rate is larger.
-      rank: Dimensions r: an integer, a fraction of the shorter side, or a function of (m, n); see
-        `orthax.low_rank`. Matrices whose shorter side is not above it are not projected.
+      rank: Dimensions r, as in `orthax.low_rank`.
       momentum: A number in [0, 1).
       basis: Of the projection; see `orthax.low_rank`, and for the two that follow. The paper's code
         uses "dct3" for fan_in <= fan_out and "dct" for all others.
@@ -58,11 +57,9 @@ def trion(
       State: Muon's, and r indices per matrix.
 
     Raises:
-      ValueError: As `orthax.muon` and `orthax.low_rank`.
-      TypeError: As these.
+      ValueError: As `orthax.muon` and `orthax.low_rank`; TypeError: as these.
 
-    Reference:
-      Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, Algorithm 1.
+    Reference: Modoranu et al., 2025, <https://arxiv.org/abs/2505.17967>, Algorithm 1.
     """
     check.number("trion: momentum", momentum, "[0, 1)")
     check.transformation("trion: orthogonalizer", orthogonalizer)
@@ -86,11 +83,7 @@ def trion(
 
     def matrices(leaves: DecidedLeaves) -> optax.GradientTransformation:
         # Where Muon has its momentum, so that the states of both are alike.
-        place = optax.identity()
-        return optax.chain(place, leaves(direction), leaves.masked(decay, mask), rate)
+        return optax.chain(optax.identity(), leaves(direction), leaves.masked(decay, mask), rate)
 
-    def others(leaves: DecidedLeaves) -> optax.GradientTransformation:
-        return optax.chain(adam, leaves.masked(decay, mask), rate)
-
-    rest = given_or("trion: fallback", fallback, others)
+    rest = fallback_chain("trion", fallback, adam, decay, mask, rate)
     return partition("trion", matrices, rest, dimension_numbers)

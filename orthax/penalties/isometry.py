@@ -8,7 +8,7 @@ from orthax.base import check
 from orthax.base.leaves import check_matrices
 from orthax.base.with_memory import WithMemory
 from orthax.linalg.elementary import short_side_first, wide_dtype
-from orthax.linalg.spectral import power_iteration, start_vector, unit, vector_norm
+from orthax.linalg.spectral import power_iteration, start_vector, times, unit, vector_norm
 
 
 def spectral_restricted_isometry(
@@ -78,9 +78,8 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
-        dtype = wide_dtype(w.dtype)
-        short = min(w.shape[-2:])
-        return start_vector(call, None, jnp.zeros((*w.shape[:-2], 0, 0), dtype), short)
+        shape = (*w.shape[:-2], min(w.shape[-2:]))
+        return start_vector(call, None, shape, wide_dtype(w.dtype))
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_matrices(call, w, "w")
@@ -89,18 +88,14 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
         # (Y Y^H - I) v by two products with vectors. The matrix is Hermitian but not positive, so
         # the vector may alternate in sign from step to step; its image's length does not.
         def deviation_times(v: jax.Array, y: jax.Array) -> jax.Array:
-            return _product(y, _product(y.mT.conj(), v)) - v
+            return times(y, times(y.mT.conj(), v)) - v
 
         # Only the last application is differentiated, as the derivative of an eigenvalue takes.
         fixed = lax.stop_gradient(y)
-        start = start_vector(call, vector, fixed, y.shape[-2])
+        start = start_vector(call, vector, y.shape[:-1], y.dtype)
         v = power_iteration(lambda v: deviation_times(v, fixed), start, steps - 1)
         image = deviation_times(v, y)
         norm = vector_norm(image)
         return jnp.sum(jnp.square(norm) if squared else norm), unit(lax.stop_gradient(image), v)
 
     return WithMemory(init, apply)
-
-
-def _product(x: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.matmul(x, v[..., None], precision=lax.Precision.HIGHEST)[..., 0]

@@ -92,8 +92,7 @@ def scale_by_adam_per_index(
         direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
         return direction, mu, nu, mu_weight, nu_weight
 
-    numbers = (b1, b2, eps)
     kept = each_matrix(
-        call, scaled, numbers=numbers, init=start, state_type=ScaleByAdamPerIndexState
+        call, scaled, numbers=(b1, b2, eps), init=start, state_type=ScaleByAdamPerIndexState
     )
     return keep_dtypes(kept, matrices_of=call)

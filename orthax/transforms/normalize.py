@@ -74,9 +74,6 @@ def normalize_neurons(
         squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
         return scale * jnp.sqrt(squares / max(1, x.shape[over]))
 
-    def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array]:
-        return (rms_of_neurons(zeros_like(x)),)
-
     def evened(x: Any, rms: Any, decay: Any, eps: Any) -> tuple[jax.Array, jax.Array]:
         # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
         # squares that overflow.
@@ -88,7 +85,10 @@ def normalize_neurons(
         before, after = frobenius_norm(x), frobenius_norm(divided)
         return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
 
-    numbers = (decay, eps)
     return each_matrix(
-        "normalize_neurons", evened, numbers=numbers, init=start, state_type=NormalizeNeuronsState
+        "normalize_neurons",
+        evened,
+        numbers=(decay, eps),
+        init=lambda x: (rms_of_neurons(zeros_like(x)),),
+        state_type=NormalizeNeuronsState,
     )

@@ -96,9 +96,8 @@ def add_penalty(
             first = _naming(path, value.init, leaf)
             return jax.tree.map(lambda x: replicate_beside(x, leaf), first)
 
-        return AddPenaltyState(
-            jnp.zeros([], jnp.int32), jax.tree_util.tree_map_with_path(memory, params)
-        )
+        memories = jax.tree_util.tree_map_with_path(memory, params)
+        return AddPenaltyState(jnp.zeros([], jnp.int32), memories)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any

@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_hadamard_size(call: str, n: int) -> None:
-    """Raises a `ValueError` unless there is a matrix of size n."""
-    if _factors(n) is None:
+def check_hadamard_size(call: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of the matrix of size n, or a `ValueError` if there is none."""
+    factors = _factors(n)
+    if factors is None:
         raise ValueError(
             f"{call}: no Hadamard matrix of size {n} is known here; there are those of 2**k and of "
             "(q + 1) 2**k for a prime q = 3 mod 4, such as 12, 20, 24, 40, 44, 48, ..., 768, 1280."
         )
+    return factors
 
 
 def hadamard_transform(x: jax.Array) -> jax.Array:
     """The product of `x`, shape (..., m, n), with the orthogonal Hadamard matrix of size n."""
     # The matrix is a Kronecker product, so a row is read as a small matrix and multiplied from both
     # sides: n (a + b) operations where the full product takes n^2.
-    a, b = (factor.astype(x.real.dtype) for factor in _factors_of(x.shape[-1]))
+    factors = check_hadamard_size("hadamard", x.shape[-1])
+    a, b = (factor.astype(x.real.dtype) for factor in factors)
     parts = jnp.reshape(x, (*x.shape[:-1], len(a), len(b)))
     product = jnp.einsum("...ab,ac,bd->...cd", parts, a, b, precision="highest")
     return jnp.reshape(product, x.shape)
@@ -29,17 +32,10 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
 def hadamard_columns(n: int, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Columns, (..., n, r) for indices (..., r), of the orthogonal Hadamard matrix of size n."""
     # Column i of the Kronecker product is that of column i // b of one and i % b of the other.
-    a, b = (jnp.asarray(factor.T, dtype) for factor in _factors_of(n))
+    a, b = (jnp.asarray(factor.T, dtype) for factor in check_hadamard_size("hadamard", n))
     of_a, of_b = a[indices // len(b)], b[indices % len(b)]
     columns = of_a[..., :, None] * of_b[..., None, :]
     return jnp.reshape(columns, (*indices.shape, n)).mT
-
-
-def _factors_of(n: int) -> tuple[np.ndarray, np.ndarray]:
-    check_hadamard_size("hadamard", n)
-    factors = _factors(n)
-    assert factors is not None
-    return factors
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from orthax.linalg.elementary import normalize, unit_max
 from orthax.linalg.polar_factor.gram import gram_newton_schulz
 from orthax.linalg.polar_factor.newton_schulz import newton_schulz
 from orthax.linalg.polar_factor.tables import minimax
-from orthax.linalg.polar_factor.zolotarev import rational
+from orthax.linalg.polar_factor.zolotarev import zolotarev
 
 
 class Rule(NamedTuple):
@@ -48,8 +48,8 @@ _EXACT_POLYNOMIAL = functools.partial(
 ACCURACIES = ("fast", "exact")
 
 RULES = (
-    Rule("fast", "cpu", 16, 1, rational),
-    Rule("exact", "cpu", 16, 1, functools.partial(rational, degree=3, passes=2)),
+    Rule("fast", "cpu", 16, 1, zolotarev),
+    Rule("exact", "cpu", 16, 1, functools.partial(zolotarev, degree=3, passes=2)),
     Rule("fast", "any", 32, 2, gram_newton_schulz),
     Rule("fast", "any", 16, 1, newton_schulz),
     Rule("exact", "any", 16, 1, _EXACT_POLYNOMIAL),
@@ -83,14 +83,12 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
       ValueError: For fewer than two axes or an unknown `accuracy`; TypeError: if not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> q = polar(jnp.array([[0.0, 5.0], [-2.0, 0.0]]), "exact")
       >>> bool(jnp.allclose(q, jnp.array([[0.0, 1.0], [-1.0, 0.0]]), atol=0.06))
       True
     """
     check_matrices("polar", x)
-    if accuracy not in ACCURACIES:
-        check.choice("polar: accuracy", accuracy, ACCURACIES)
+    check.choice("polar: accuracy", accuracy, ACCURACIES)
     short, long = sorted(x.shape[-2:])
     if short <= 1:  # a vector has one singular value, its length
         return normalize(x).astype(x.dtype)
@@ -126,7 +124,6 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
       ValueError: For fewer than two axes or a negative `rtol`; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> print(polar_svd(jnp.array([[0.0, 5.0], [-2.0, 0.0]])).round(6) + 0.0)
       [[ 0.  1.]
        [-1.  0.]]

@@ -66,7 +66,6 @@ def gram_newton_schulz(
         `restarts` are not increasing steps of the table, from 1; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from orthax.linalg import coefficients
       >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.01, 0.0]])
       >>> q = gram_newton_schulz(x, coefficients.minimax(8, 1e-3))

@@ -70,7 +70,6 @@ def newton_schulz(
       ValueError: For fewer than two axes or a row that is no triple; TypeError: if not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from orthax.linalg import coefficients
       >>> q = newton_schulz(jnp.diag(jnp.array([3.0, 0.01])), coefficients.minimax(8, 1e-3))
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=1e-5))
@@ -114,8 +113,7 @@ def check_iteration(call: str, dtype: DTypeLike | None, eps: float) -> float:
 def compute_dtype(x_dtype: DTypeLike, requested: DTypeLike | None) -> DTypeLike:
     """Dtype of the iteration, as the argument `dtype` says."""
     if requested is None:
-        on_cpu = jax.default_backend() == "cpu"
-        return wide_dtype(x_dtype) if on_cpu else x_dtype
+        return wide_dtype(x_dtype) if jax.default_backend() == "cpu" else x_dtype
     if jnp.issubdtype(x_dtype, jnp.complexfloating):  # a real dtype means that of the parts
         return jnp.promote_types(requested, jnp.complex64)
     return requested

@@ -93,7 +93,6 @@ def for_shape(
     short, long = sorted((check.integer("for_shape: m", m), check.integer("for_shape: n", n)))
     steps = check.integer("for_shape: steps", steps)
     check.flag("for_shape: shared", shared)
-    shared = bool(shared)
     if spectra is None:
         return _without_spectra(short, long, steps, shared)
     return _rows(fit(short, long, steps, shared, _check_spectra(spectra)), steps, shared)

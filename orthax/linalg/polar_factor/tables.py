@@ -1,8 +1,4 @@
-r"""Step tables: what they are, what they do to a singular value, the best one for an interval.
-
-A row (a, b, c) is a step that maps every singular value s to a s + b s^3 + c s^5. A table of such
-takes the singular values of a matrix of unit Frobenius norm towards 1.
-"""
+"""What a step table of `orthax.linalg.coefficients` does, and the best one for an interval."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias

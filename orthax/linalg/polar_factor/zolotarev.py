@@ -139,7 +139,6 @@ def zolotarev(
         `lower` is less than rounding admits; TypeError: if `x` is not floating.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> q = zolotarev(jnp.diag(jnp.array([3.0, 1e-5])), 4, passes=2)
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
@@ -149,13 +148,6 @@ def zolotarev(
     passes = check.integer("zolotarev: passes", passes, "[1, 2]")
     if lower is not None:
         lower = check.number("zolotarev: lower", lower, "(0, 1)", static=True)
-    return rational(x, degree, passes, lower)
-
-
-def rational(
-    x: jax.Array, degree: int = 2, passes: int = 1, lower: float | None = None
-) -> jax.Array:
-    """`zolotarev` of checked arguments."""
     if x.size == 0:
         return x
     tall = x.shape[-2] > x.shape[-1]

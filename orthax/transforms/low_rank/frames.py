@@ -46,11 +46,8 @@ class Frame:
 
     def first(self, x: jax.Array) -> Any:
         """What a state keeps of the subspace before there was a gradient."""
-
-        def first(subspace: Subspace, x: jax.Array) -> Any:
-            return subspace.first(self._turned(x), self.rank)
-
-        return self._run(first, self._kept)(self.subspace, x)
+        run = self._run(lambda subspace, x: subspace.first(self._turned(x), self.rank), self._kept)
+        return run(self.subspace, x)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""
@@ -102,9 +99,8 @@ class Frame:
 
     def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
         """The leaf again."""
-        columns = self.shape[-1]
-        whole = self._run(lambda *kept: dequantize(Quantized(*kept), bits, columns), self.sharding)
-        return whole(*kept)
+        run = self._run(lambda kept: dequantize(kept, bits, self.shape[-1]), self.sharding)
+        return run(kept)
 
     @property
     def low_shape(self) -> tuple[int, ...]:

@@ -127,14 +127,8 @@ def projected(
             new, low = [kept for kept, _ in pairs], [coordinates for _, coordinates in pairs]
             moved = state.inner
             if jax.tree.leaves(state.inner):
-                moved = move_inner_state(
-                    inner,
-                    state.inner,
-                    structure.unflatten(frames),
-                    state.subspaces,
-                    structure.unflatten(new),
-                    start=state.count == 0,
-                )
+                trees = structure.unflatten(frames), state.subspaces, structure.unflatten(new)
+                moved = move_inner_state(inner, state.inner, *trees, start=state.count == 0)
             return new, low, moved
 
         def keep() -> tuple[Any, Any, Any]:
@@ -149,19 +143,17 @@ def projected(
         low = [x.astype(g.dtype) for x, g in zip(low, gradients, strict=True)]
         low_params = None
         if params is not None and sees_params:
-            low_params = structure.unflatten(
-                map(_projected, frames, structure.flatten_up_to(params), new)
-            )
+            whole = structure.flatten_up_to(params)
+            low_params = structure.unflatten(map(_projected, frames, whole, new))
         directions, inner_state = inner.update(
             structure.unflatten(low), inner_state, low_params, **extra
         )
 
         # inner(low) Q_r^T, back in the shape of the leaf.
+        directions = structure.flatten_up_to(directions)
         results = [
             frame.expand(wide(direction), kept).astype(g.dtype)
-            for frame, direction, kept, g in zip(
-                frames, structure.flatten_up_to(directions), new, gradients, strict=True
-            )
+            for frame, direction, kept, g in zip(frames, directions, new, gradients, strict=True)
         ]
 
         # buffer = b - (1 - retain) low Q_r^T: only what was used decays.
@@ -174,13 +166,9 @@ def projected(
             # In the dtype it had: gradients may come in another one than the params.
             dtypes = [x.dtype for x in saved]
             residuals = save(frames, left, dtypes, structure, state.count)
-        return structure.unflatten(results), LowRankState(
-            jnp.asarray(optax.safe_increment(state.count)),
-            structure.unflatten(new),
-            state.bases,
-            residuals,
-            inner_state,
-        )
+        count, subspaces = optax.safe_increment(state.count), structure.unflatten(new)
+        after = LowRankState(jnp.asarray(count), subspaces, state.bases, residuals, inner_state)
+        return structure.unflatten(results), after
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(init, update), matrices_of=call)
 

@@ -4,7 +4,6 @@
   indices, (..., r), increasing. When they change, what belonged to an index moves with it.
 * `Adaptive`: columns made from the matrix itself, kept as (..., n, r). When they change, what was
   measured along the old ones is rotated to the new ones.
-* `Whole`: no projection.
 """
 
 import dataclasses
@@ -59,9 +58,8 @@ class Selection:
         indices = largest_columns(coordinates, old.shape[-1], self.ranking)
         return indices, _take_columns(coordinates, indices)
 
-    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
+    def move(self, x: jax.Array, old: jax.Array, new: jax.Array, _: bool | None) -> jax.Array:
         """Gathers what x, (..., r), has for each old index; a new one starts with zero."""
-        del signed
         same = old[..., :, None] == new[..., None, :]
         moved = _take_columns(x, jnp.argmax(same, axis=-2))
         return jnp.where(jnp.any(same, axis=-2)[..., None, :], moved, jnp.zeros_like(moved))
@@ -104,9 +102,8 @@ class Stored(Selection):
         """Coordinates of x, (..., m, r)."""
         return _product(x, self._rows(indices).mT)
 
-    def expand(self, low: jax.Array, indices: jax.Array, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, indices: jax.Array, _: int) -> jax.Array:
         """The matrix with these coordinates, (..., m, n)."""
-        del n
         return _product(low, self._rows(indices))
 
     def _rows(self, indices: jax.Array) -> jax.Array:
@@ -138,9 +135,8 @@ class Adaptive:
         """Coordinates of x, (..., m, r)."""
         return _product(x, columns)
 
-    def expand(self, low: jax.Array, columns: jax.Array, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, columns: jax.Array, _: int) -> jax.Array:
         """The matrix with these coordinates, (..., m, n)."""
-        del n
         return _product(low, columns.mT.conj())
 
     def move(self, x: jax.Array, old: jax.Array, new: jax.Array, signed: bool | None) -> jax.Array:
@@ -163,28 +159,24 @@ class Adaptive:
 class Whole:
     """No subspace: of matrices whose rank is not above the one that is asked for."""
 
-    def first(self, x: jax.Array, rank: int) -> optax.MaskedNode:
+    def first(self, _x: jax.Array, _rank: int) -> optax.MaskedNode:
         """Nothing is kept."""
-        del x, rank
         return optax.MaskedNode()
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """Nothing, and x."""
         return old, x
 
-    def project(self, x: jax.Array, kept: Any) -> jax.Array:
+    def project(self, x: jax.Array, _: Any) -> jax.Array:
         """The same matrix."""
-        del kept
         return x
 
-    def expand(self, low: jax.Array, kept: Any, n: int) -> jax.Array:
+    def expand(self, low: jax.Array, _kept: Any, _n: int) -> jax.Array:
         """The same matrix."""
-        del kept, n
         return low
 
-    def move(self, x: jax.Array, old: Any, new: Any, signed: bool | None) -> jax.Array:
+    def move(self, x: jax.Array, _old: Any, _new: Any, _signed: bool | None) -> jax.Array:
         """The same state."""
-        del old, new, signed
         return x
 
 
@@ -198,13 +190,9 @@ for _kind in (Selection, Transformed, Stored, Adaptive, Whole):
 
 
 class Kind(NamedTuple):
-    """The arguments of `low_rank` that say which subspaces it takes.
+    """The arguments of `low_rank` that say which subspaces it takes, and its name for errors.
 
-    Attributes:
-      call: Name of the public call, for error messages.
-      basis: One of BASES.
-      ranking: For selections.
-      seed: Of the columns that adaptive ones start from, and of random bases.
+    `seed` is of the columns that adaptive ones start from, and of random bases.
     """
 
     call: str
@@ -219,26 +207,21 @@ def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Su
     `matrix` is the basis "random", which is kept; None for all others.
     """
     call, basis, ranking, seed = kind
-    if basis == "svd":
-        return Adaptive(_singular_vectors, jax.random.key(seed))
-    if basis == "subspace":
-        return Adaptive(_power_step, jax.random.key(seed))
+    if basis in ADAPTIVE:
+        refresh = _singular_vectors if basis == "svd" else _power_step
+        return Adaptive(refresh, jax.random.key(seed))
     if basis == "columns":
         return Selection(ranking)
     if basis == "hadamard":
         check_hadamard_size(f"{call}: '{path}'", n)
+        return Transformed(ranking, hadamard_transform, hadamard_columns)
     if basis == "random":
         assert matrix is not None
         return Stored(ranking, matrix)
-    multiply, columns = {
-        "dct": (cosine_transform, dct_columns),
-        "dct3": (
-            functools.partial(cosine_transform, inverse=True),
-            functools.partial(dct_columns, transposed=True),
-        ),
-        "hadamard": (hadamard_transform, hadamard_columns),
-    }[basis]
-    return Transformed(ranking, multiply, columns)
+    if basis == "dct":
+        return Transformed(ranking, cosine_transform, dct_columns)
+    inverse = functools.partial(cosine_transform, inverse=True)
+    return Transformed(ranking, inverse, functools.partial(dct_columns, transposed=True))
 
 
 def _take_columns(x: jax.Array, indices: jax.Array) -> jax.Array:
