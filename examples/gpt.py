@@ -22,21 +22,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import orthax
 from orthax.linalg import coefficients, newton_schulz, zolotarev
+
+if TYPE_CHECKING:
+    import grain
 
 # ------------------------------------------------------------------------------------- settings
 
@@ -240,12 +241,14 @@ class Windows:
         return self._text[start : start + self._context + 1]
 
 
-def make_batches(corpus: Corpus, config: Config) -> grain.MapDataset:
+def make_batches(corpus: Corpus, config: Config) -> "grain.MapDataset":
     """Training batches, uint8 (batch, context + 1): `batches[t]` depends on seed and t only."""
     windows = Windows(corpus.train, config.context)
     if len(windows) < config.batch:
         msg = f"data={config.data} has {len(windows)} windows to train on, fewer than a batch."
         raise ValueError(msg)
+    import grain  # here and not at the top: the model can be used without it
+
     source = grain.MapDataset.source(windows)
     return source.seed(config.seed).shuffle().repeat().batch(config.batch)
 
@@ -757,4 +760,6 @@ def main(config: Config) -> Result:
 
 
 if __name__ == "__main__":
+    import tyro
+
     main(tyro.cli(Config, description=__doc__))

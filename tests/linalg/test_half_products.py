@@ -1,4 +1,4 @@
-"""Hermitian products from half of their blocks: the values of the whole product, for fewer products.
+"""Hermitian products from half of their blocks: the values of the whole, for fewer products.
 
 The kernel runs interpreted here; that it can be compiled for a GPU is tested by lowering it.
 """
