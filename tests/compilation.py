@@ -3,7 +3,7 @@
 That takes a fifth of the time. A process inherits it by its environment. `make test-as-users` runs
 the tests of accuracy as users compile, and so do these: the README, the scripts of `make examples`.
 
-All of them do linear algebra in one thread: the threads of OpenBLAS, on which NumPy and JAX's LAPACK
+All of them do linear algebra in one thread: threads of OpenBLAS, on which NumPy and JAX's LAPACK
 run, wait for each other at full speed, which takes as long again where the cores are busy.
 """
 
