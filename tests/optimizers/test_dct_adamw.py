@@ -72,9 +72,10 @@ def test_the_oracle_follows_the_published_code_too(leaf, feedback):
     assert error < GOLDEN_PATH_FLOAT64 * np.linalg.norm(end - start)
 
 
-@pytest.mark.parametrize("update_every", [1, 3])
-@pytest.mark.parametrize("error_feedback", [False, True])
-@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+@pytest.mark.parametrize(
+    ("bias_correction", "error_feedback", "update_every"),
+    [("per_index", False, 1), ("per_index", True, 3), ("global", False, 3), ("global", True, 1)],
+)
 def test_it_follows_the_transcription(bias_correction, error_feedback, update_every):
     basis = "dct3" if error_feedback else "dct"
     options = {
@@ -175,11 +176,12 @@ def test_an_index_that_leaves_and_returns_starts_again(bias_correction):
 def test_at_a_quarter_of_the_rank_the_state_is_about_a_quarter_of_adamws(bias_correction):
     shapes = [(128, 512), (512, 128), (128, 128)] * 2
     params = {f"Dense_{i}": {"kernel": jnp.zeros(shape)} for i, shape in enumerate(shapes)}
-    ours = array_bytes(orthax.dct_adamw(0.1, 0.25, bias_correction=bias_correction).init(params))
+    optimizer = orthax.dct_adamw(0.1, 0.25, bias_correction=bias_correction)
+    ours = array_bytes(jax.eval_shape(optimizer.init, params))
     numbers = sum(2 * 32 * max(shape) + 32 for shape in shapes)
     weights = sum(2 * 32 for _ in shapes) if bias_correction == "per_index" else 0
     assert ours == 4 * (numbers + weights)
-    assert ours < 0.35 * array_bytes(optax.adamw(0.1).init(params))
+    assert ours < 0.35 * array_bytes(jax.eval_shape(optax.adamw(0.1).init, params))
 
 
 @pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])
@@ -192,7 +194,9 @@ def test_error_feedback_takes_the_bytes_of_its_dtype(buffer_dtype):
     expected = sum(rows[leaf] * -(-shape[-1] * bits // 8) for leaf, shape in SHAPES.items())
     if isinstance(buffer_dtype, str):
         expected += 8 * sum(rows.values())  # scale and zero of each row
-    assert array_bytes(optimizer.init(params)) - array_bytes(without.init(params)) == expected
+    states = (jax.eval_shape(tx.init, params) for tx in (optimizer, without))
+    ours, theirs = map(array_bytes, states)
+    assert ours - theirs == expected
 
 
 @pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])

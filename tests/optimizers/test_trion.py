@@ -17,7 +17,6 @@ from orthax.linalg import coefficients, newton_schulz, polar_svd
 # Flax kernels (fan_in, fan_out); sizes that have Hadamard matrices.
 SHAPES = {"expanding": (16, 24), "contracting": (24, 16), "square": (16, 16), "layers": (2, 8, 12)}
 tree = functools.partial(normal_tree, SHAPES)
-FIXED = ["dct", "dct3", "random", "hadamard", "columns"]
 
 settings = {
     "orthogonalizer": orthax.orthogonalize(newton_schulz, coefficients=coefficients.MUON),
@@ -48,7 +47,7 @@ def transcribed(p, grads, *, bases, **options):
 @pytest.mark.parametrize(
     ("basis", "ranking", "momentum", "update_every", "factor"),
     [
-        *[(basis, "l2", 0.5, 2, "adam_rms") for basis in FIXED],
+        *[(basis, "l2", 0.5, 2, "adam_rms") for basis in ("dct", "random", "hadamard")],
         ("dct", "l1", 0.9, 1, "width"),
         ("dct3", "l2", 0.0, 3, "width"),
     ],
@@ -106,7 +105,7 @@ def test_at_full_rank_it_is_muon_without_nesterov(rank):
             assert oracles.relative_error(actual[leaf], expected[leaf]) < 1e-5, leaf
 
 
-@pytest.mark.parametrize("rank", [2, 5, 8])
+@pytest.mark.parametrize("rank", [2, 8])
 def test_an_update_has_the_rms_of_adams_times_the_root_of_the_part_of_the_rank(rank):
     params, grads = tree(0), [tree(seed) for seed in (1, 2)]
     optimizer = orthax.trion(
@@ -128,7 +127,7 @@ def test_an_update_has_the_rms_of_adams_times_the_root_of_the_part_of_the_rank(r
 @pytest.mark.parametrize("basis", ["dct", "dct3", "hadamard", "columns"])
 def test_the_state_is_the_momentum_and_an_index_for_each_dimension(basis):
     params = tree(0)
-    state = published(0.1, 3, basis=basis).init(params)
+    state = jax.eval_shape(published(0.1, 3, basis=basis).init, params)
     matrices = {leaf: int(np.prod(shape[:-2])) for leaf, shape in SHAPES.items()}
     momentum = sum(p.nbytes for p in params.values())
     assert array_bytes(state) == momentum + 4 * 3 * sum(matrices.values())
@@ -138,14 +137,13 @@ def test_the_state_is_the_momentum_and_an_index_for_each_dimension(basis):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_momentum_in_few_bits_takes_so_many_and_two_numbers_a_row(bits):
     params = tree(0)
-    state = published(0.1, 3, mu_dtype=f"int{bits}").init(params)
+    state = jax.eval_shape(published(0.1, 3, mu_dtype=f"int{bits}").init, params)
     rows = {leaf: int(np.prod(shape[:-1])) for leaf, shape in SHAPES.items()}
     codes = sum(rows[leaf] * -(-shape[-1] * bits // 8) for leaf, shape in SHAPES.items())
     indices = 4 * 3 * sum(int(np.prod(shape[:-2])) for shape in SHAPES.values())
     assert array_bytes(state) == codes + 8 * sum(rows.values()) + indices
-    assert array_bytes(state) < {8: 0.75, 4: 0.6}[bits] * array_bytes(
-        published(0.1, 3).init(params)
-    )
+    whole = array_bytes(jax.eval_shape(published(0.1, 3).init, params))
+    assert array_bytes(state) < {8: 0.75, 4: 0.6}[bits] * whole
 
 
 @pytest.mark.parametrize("mu_dtype", [None, "int8", "int4"])

@@ -225,7 +225,7 @@ def test_the_inner_transformation_sees_updates_and_params_of_that_rank(rank, exp
     seen = []
     (g,) = trees(1)
     transformation = orthax.low_rank(recorder(seen), rank)
-    updates, state = transformation.update(g, transformation.init(g), g)
+    updates, state = jax.eval_shape(lambda g: transformation.update(g, transformation.init(g), g), g)
     assert jax.tree.map(jnp.shape, updates) == SHAPES
     shapes = dict(SHAPES)
     for leaf, r in expected.items():
@@ -305,7 +305,7 @@ entries = st.one_of(
 
 
 @every_fixed_basis
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=60)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=30)
 @hypothesis.given(data=st.data(), rank=st.sampled_from([1, 3, 7]))
 def test_l2_keeps_at_least_its_part_of_the_energy_of_any_matrix(basis, data, rank):
     project, q = compiled(basis, rank)
