@@ -24,7 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before JAX is imported, which reads them: PyTorch shares the card, and a rehearsal mostly compiles.
+# JAX reads them when it is imported: PyTorch shares the card, and a rehearsal mostly compiles.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "--smoke" in sys.argv:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

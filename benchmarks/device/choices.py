@@ -172,7 +172,8 @@ def quantised(session: Session) -> None:
     for optimizer, argument in ((orthax.trion, "mu_dtype"), (orthax.dct_adamw, "buffer_dtype")):
         functions, sizes = {}, {}
         for dtype in (None, "int8", "int4"):
-            tx = optimizer(1e-3, 8 if session.smoke else 128, **{argument: dtype})
+            options: dict[str, Any] = {argument: dtype}
+            tx = optimizer(1e-3, 8 if session.smoke else 128, **options)
             tree = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
             state = tx.init(tree)
             name = str(dtype or "full")

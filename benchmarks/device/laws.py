@@ -95,7 +95,7 @@ def run(session: Session) -> None:
                     session.law(holds, code=code, mode=name, step=step, path=path)
 
 
-def _laws(method: Method, mode: Mode, known: Problem) -> Iterator[tuple[str, bool, float]]:
+def _laws(method: Method, mode: Mode, known: Problem) -> Iterator[tuple[str, Any, float]]:
     f = jax.jit(method.call)
     exact = np.asarray(known.factor, np.float64)
     rows, columns = exact.shape
@@ -146,7 +146,7 @@ class Code(NamedTuple):
     make: Callable[[Any], optax.GradientTransformation]
 
 
-_WIDTH = {"shape_scale": orthax.scale_by_width()}
+_WIDTH: dict[str, Any] = {"shape_scale": orthax.scale_by_width()}
 _AUON = {"gamma": 1.5, "shape_scale": optax.identity()}
 _ALL = ("tall", "wide", "square")
 

@@ -30,7 +30,7 @@ def optimizers() -> dict[str, Make]:
 
 def _tensors(gradients: Any) -> tuple[list[Any], list[Any]]:
     """Parameters with these gradients: the matrices, and the rest."""
-    import torch
+    import torch  # type: ignore[reportMissingImports]
 
     matrices, rest = [], []
     for path, leaf in jax.tree.leaves_with_path(gradients):
@@ -47,7 +47,7 @@ def _tensors(gradients: Any) -> tuple[list[Any], list[Any]]:
 
 def _waiting(step: Callable[[], None]) -> tuple[Step, Callable[[], int]]:
     """The step, whose result `jax.block_until_ready` can wait for; and the peak memory."""
-    import torch
+    import torch  # type: ignore[reportMissingImports]
 
     class Finished:
         def block_until_ready(self) -> "Finished":
@@ -66,15 +66,20 @@ def _waiting(step: Callable[[], None]) -> tuple[Step, Callable[[], int]]:
 
 
 def _shipped(gradients: Any, rate: float) -> tuple[Step, Callable[[], int]]:
-    import torch
+    import torch  # type: ignore[reportMissingImports]
 
     matrices, rest = _tensors(gradients)
     steps = [torch.optim.Muon(matrices, lr=rate, weight_decay=0.0).step, _adamw(rest, rate)]
-    return _waiting(lambda: [step() for step in steps] and None)
+
+    def step() -> None:
+        for own in steps:
+            own()
+
+    return _waiting(step)
 
 
 def _adamw(parameters: list[Any], rate: float) -> Callable[[], Any]:
-    import torch
+    import torch  # type: ignore[reportMissingImports]
 
     fused = torch.cuda.is_available()
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=fused).step
@@ -82,7 +87,7 @@ def _adamw(parameters: list[Any], rate: float) -> Callable[[], Any]:
 
 def _stacked(gradients: Any, rate: float) -> tuple[Step, Callable[[], int]]:
     """Muon as large trainings write it: equal shapes stacked, bfloat16, compiled per shape."""
-    import torch
+    import torch  # type: ignore[reportMissingImports]
 
     matrices, rest = _tensors(gradients)
     momenta = [torch.zeros_like(p) for p in matrices]

@@ -107,7 +107,8 @@ MODEL = {
     "Embed_0": {"embedding": ((32, 8), P("x", None))},
 }
 # All optimizers open attention kernels alike, and in trion and normuon it takes long to compile.
-LAYOUTS = dict.fromkeys(OPTIMIZERS, {n: x for n, x in MODEL.items() if n != "attention"})
+WITHOUT_ATTENTION = {name: x for name, x in MODEL.items() if name != "attention"}
+LAYOUTS = dict.fromkeys(OPTIMIZERS, WITHOUT_ATTENTION)
 LAYOUTS |= dict.fromkeys(("muon", "dct_adamw"), MODEL) | dict.fromkeys(TRANSFORMS, ENOUGH)
 LAYOUTS |= {name: MATRICES for name in TRANSFORMS if name.startswith("orthogonalize")}
 TOLERANCE = 1e-5  # of the largest entry of a leaf: sums over shards are taken in another order

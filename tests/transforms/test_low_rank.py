@@ -225,7 +225,8 @@ def test_the_inner_transformation_sees_updates_and_params_of_that_rank(rank, exp
     seen = []
     (g,) = trees(1)
     transformation = orthax.low_rank(recorder(seen), rank)
-    updates, state = jax.eval_shape(lambda g: transformation.update(g, transformation.init(g), g), g)
+    state = jax.eval_shape(transformation.init, g)
+    updates, state = jax.eval_shape(transformation.update, g, state, g)
     assert jax.tree.map(jnp.shape, updates) == SHAPES
     shapes = dict(SHAPES)
     for leaf, r in expected.items():

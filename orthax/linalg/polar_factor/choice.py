@@ -57,7 +57,8 @@ RULES = (
 """The first line that fits decides.
 
 CPU: measured from 16 x 16 to 1024 x 8192 (benchmarks/orthogonality.py); the rational form is the
-fastest at its accuracy, or within a tenth of it. Others: by operation counts, not measured.
+fastest at its accuracy, or within a tenth of it. Others: counted, not measured; what will measure
+them is benchmarks/accelerator.py.
 """
 
 
