@@ -28,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "--smoke" in sys.argv:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import record
