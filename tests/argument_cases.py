@@ -401,7 +401,7 @@ def optimizer(function: Any, **own: Argument) -> Call:
         "shape_scale": transformation(),
         "fallback": transformation(none=True),
         "dimension_numbers": dimension_numbers(starting),
-        "mu_dtype": dtype(),
+        "mu_dtype": dtype("int8"),
         "rank": rank(),
         "basis": choice(*BASES),
         "ranking": choice("l1", "l2"),
@@ -613,6 +613,7 @@ CALLS = (
         eps=number("[0, inf)"),
         error_feedback=flag(),
         bias_correction=choice("per_index", "global"),
+        mu_dtype=dtype(),
         buffer_dtype=dtype("int8", "int4"),
     ),
     # orthax.linalg

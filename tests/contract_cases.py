@@ -205,6 +205,7 @@ CASES = (
     Case("keep_norm", orthax.keep_norm, {}, needs_params=True),
     optimizer("muon", orthax.muon),
     optimizer("muon(options)", orthax.muon, **options),
+    optimizer("muon(int8)", orthax.muon, mu_dtype="int8", nesterov=False),
     optimizer("normuon", orthax.normuon, "decay"),
     optimizer("normuon(options)", orthax.normuon, "decay", **options),
     optimizer("root", orthax.root, "quantile"),

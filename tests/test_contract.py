@@ -221,6 +221,36 @@ def test_updates_keep_the_dtype_of_gradients_and_states_their_types(case, dtype)
         assert types_of(new_state) == types_of(state)
 
 
+# What mixed precision makes: params, gradients.
+PAIRS = (
+    ("float32", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float32", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "float16"),
+)
+
+
+@every_case
+def test_gradients_in_another_dtype_than_params_change_no_state_and_narrow_no_update(case):
+    transformation, _ = built(case.name)
+    params, (g,) = params_of(case), grads_of(case)
+
+    def as_in(tree, which, turn):
+        leaves, structure = jax.tree.flatten(tree)
+        dtypes = [PAIRS[(i + turn) % len(PAIRS)][which] for i in range(len(leaves))]
+        return structure.unflatten(x.astype(d) for x, d in zip(leaves, dtypes, strict=True))
+
+    for turn in (0, 2):  # so that each leaf has two pairs
+        mixed_params, mixed = as_in(params, 0, turn), as_in(g, 1, turn)
+        state = jax.eval_shape(transformation.init, mixed_params)
+        updates, new_state = jax.eval_shape(transformation.update, mixed, state, mixed_params)
+        assert types_of(new_state) == types_of(state)
+        if "learning_rate" in case.kwargs:  # an optimizer: its updates are added to the params
+            wider = jax.tree.map(lambda p, g: jnp.zeros(p.shape, p.dtype) + g, mixed_params, mixed)
+            assert types_of(updates) == types_of(wider)
+
+
 @every_case
 def test_leaves_of_a_tree_keep_their_own_dtypes(case):
     transformation, _ = built(case.name)

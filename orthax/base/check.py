@@ -102,7 +102,9 @@ def floating_dtype(
     except TypeError:
         _refuse(TypeError, where, accepted, x)
     if not known:
-        _refuse(ValueError, where, accepted, x)
+        # An integer dtype would cut off fractions; the word means levels between the ends of a row.
+        word = " The string 'int8' means quantisation, the dtype would truncate." if names else ""
+        _refuse(ValueError, where, accepted, x, word)
 
 
 def is_number(x: object) -> TypeGuard[Any]:
@@ -121,9 +123,10 @@ def is_transformation(x: object) -> TypeGuard[optax.GradientTransformation]:
     return hasattr(x, "init") and hasattr(x, "update")
 
 
-def _refuse(kind: Callable[[str], Exception], where: str, accepted: str, x: object) -> NoReturn:
+def _refuse(
+    kind: Callable[[str], Exception], where: str, accepted: str, x: object, hint: str = ""
+) -> NoReturn:
     # What inject_hyperparams turns into an array is no longer a word or an integer.
-    hint = ""
     if isinstance(x, jax.Array) and "number" not in accepted:
         hint = " In optax.inject_hyperparams, list it in static_args."
     raise kind(f"{where} must be {accepted}, got {x!r}.{hint}")

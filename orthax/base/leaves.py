@@ -55,10 +55,10 @@ def _component(key: object) -> str | int:
 # --- checks
 
 
-def check_matrix_leaves(call: str, tree: optax.Params) -> None:
-    """Raises, naming the leaf, unless all leaves are floating matrices, shape (..., m, n)."""
+def check_matrix_leaves(call: str, tree: optax.Params, *, kind: Any = jnp.inexact) -> None:
+    """Raises, naming the leaf, unless all are floating matrices (of a kind), shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        check_array(call, leaf, f"'{path_text(keys)}'")
+        check_array(call, leaf, f"'{path_text(keys)}'", kind=kind)
         if leaf.ndim < 2:
             raise ValueError(
                 f"{call}: '{path_text(keys)}' has shape {leaf.shape}; its last two axes must be a "
@@ -130,8 +130,9 @@ def keep_dtypes(
     """Lets `inner` compute where numbers do not overflow, and keeps the dtypes that came.
 
     float16 leaves are shown in float32: a heavy-ball sum of float16 gradients near 1e3 overflows
-    within 40 updates, their squares at once. Updates come back in the dtype of the gradients, and
-    what the state holds in the dtype it had: an injected hyperparameter, an array, would widen it.
+    within 40 updates, their squares at once. Updates come back in the wider dtype of gradients and
+    params, as optax's do (of the gradients alone without params), and what the state holds in the
+    dtype it had: an injected hyperparameter, an array, would widen it.
     With the name of a call, leaves are checked to be matrices first.
     """
     inner = optax.with_extra_args_support(inner)
@@ -157,9 +158,22 @@ def keep_dtypes(
         wide, new = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
         if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
             new = jax.tree.map(_in_dtype_of, new, state)
-        return jax.tree.map(lambda u, like: u.astype(jnp.result_type(like)), wide, updates), new
+        return in_dtypes_of(wide, updates, params), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def in_dtypes_of(results: Any, updates: optax.Updates, params: optax.Params | None) -> Any:
+    """Results in the wider dtype of updates and params, or of updates alone without params."""
+
+    def cast(result: Any, update: Any, param: Any = None) -> Any:
+        if result is None or is_masked(result):
+            return result
+        param = update if param is None or is_masked(param) else param
+        return result.astype(jnp.promote_types(jnp.result_type(update), jnp.result_type(param)))
+
+    trees = [results, updates] if params is None else [results, updates, params]
+    return jax.tree.map(cast, *trees, is_leaf=lambda x: x is None or is_masked(x))
 
 
 def _in_dtype_of(x: Any, old: Any) -> Any:

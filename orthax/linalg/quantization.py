@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from orthax.linalg.elementary import wide
 
+BITS = {"int8": 8, "int4": 4}
+"""What users call them."""
+
 
 class Quantized(NamedTuple):
     """Matrices, shape (..., m, n), as integers: an entry is `code * scale + zero`.

@@ -7,7 +7,13 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
+from orthax.optimizers.parts import (
+    adam_step,
+    decay_step,
+    fallback_chain,
+    momentum_step,
+    rate_step,
+)
 from orthax.transforms.cosh import MODES, scale_by_cosh_rms
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
@@ -60,7 +66,7 @@ def auon(
         # The repository averages, so that its direction is 1 - momentum times the trace.
         trace = optax.chain(trace, optax.scale(1 - momentum))
     direction = optax.chain(scale_by_cosh_rms(gamma, mode), shape_scale)
-    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    adam = adam_step(mu_dtype)
     decay = decay_step("auon", weight_decay)
     rate = rate_step("auon", learning_rate)
 

@@ -9,7 +9,13 @@ from orthax.base import check
 from orthax.linalg import newton_schulz
 from orthax.linalg.coefficients import MUON
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
+from orthax.optimizers.parts import (
+    adam_step,
+    decay_step,
+    fallback_chain,
+    momentum_step,
+    rate_step,
+)
 from orthax.transforms.cosh import scale_by_cosh_rms
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -65,7 +71,7 @@ def hybrid_auon(
     iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * steps)
     # The brake of the published code: the iteration's result is not normalised again.
     direction = optax.chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)
-    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    adam = adam_step(mu_dtype)
     decay = decay_step("hybrid_auon", weight_decay)
     rate = rate_step("hybrid_auon", learning_rate)
 

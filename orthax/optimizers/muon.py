@@ -7,7 +7,13 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
+from orthax.optimizers.parts import (
+    adam_step,
+    decay_step,
+    fallback_chain,
+    momentum_step,
+    rate_step,
+)
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
 
@@ -76,7 +82,7 @@ def muon(
     check.transformation("muon: shape_scale", shape_scale)
     trace = momentum_step("muon", momentum, nesterov, mu_dtype)
     direction = optax.chain(orthogonalizer, shape_scale)  # of matrices
-    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    adam = adam_step(mu_dtype)
     decay = decay_step("muon", weight_decay)
     rate = rate_step("muon", learning_rate)
 

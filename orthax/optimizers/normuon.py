@@ -7,7 +7,13 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
+from orthax.optimizers.parts import (
+    adam_step,
+    decay_step,
+    fallback_chain,
+    momentum_step,
+    rate_step,
+)
 from orthax.transforms.normalize import normalize_neurons
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -55,7 +61,7 @@ def normuon(
     trace = momentum_step("normuon", momentum, nesterov, mu_dtype)
     # Algorithm 1: orthogonalised momentum, its neurons evened, and the size of a step.
     direction = optax.chain(orthogonalizer, normalize_neurons(decay), shape_scale)
-    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    adam = adam_step(mu_dtype)
     weights_decay = decay_step("normuon", weight_decay)
     rate = rate_step("normuon", learning_rate)
 

@@ -7,7 +7,9 @@ import optax
 
 from orthax.base import check
 from orthax.base.leaves import needs_params
+from orthax.linalg.quantization import BITS
 from orthax.matrices.partition import Build
+from orthax.transforms.trace_int8 import trace_int8
 
 
 def momentum_step(
@@ -16,15 +18,23 @@ def momentum_step(
     nesterov: bool,
     mu_dtype: Any,
 ) -> optax.GradientTransformation:
-    """`optax.trace` for a number; a transformation is taken as it is."""
+    """`optax.trace` for a number, in 8 bits for "int8"; a transformation is taken as it is."""
     check.flag(f"{call}: nesterov", nesterov)
-    check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
+    check.floating_dtype(f"{call}: mu_dtype", mu_dtype, names=("int8",))
     if check.is_transformation(momentum):
         return momentum
     decay = check.number(
         f"{call}: momentum", momentum, "[0, 1)", alternative=" or a transformation"
     )
+    if isinstance(mu_dtype, str) and mu_dtype == "int8":
+        return trace_int8(call, decay, nesterov)
     return optax.trace(decay, nesterov=nesterov, accumulator_dtype=mu_dtype)
+
+
+def adam_step(mu_dtype: Any = None) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` of the fallback; its moments are not quantised with the momentum."""
+    quantised = isinstance(mu_dtype, str) and mu_dtype in BITS
+    return optax.scale_by_adam(mu_dtype=None if quantised else mu_dtype)
 
 
 def decay_step(

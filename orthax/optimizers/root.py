@@ -8,7 +8,13 @@ import optax
 from orthax.base import check
 from orthax.linalg import coefficients, newton_schulz
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, momentum_step, rate_step
+from orthax.optimizers.parts import (
+    adam_step,
+    decay_step,
+    fallback_chain,
+    momentum_step,
+    rate_step,
+)
 from orthax.transforms.clip import clip_by_quantile
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -57,7 +63,7 @@ def root(
     trace = momentum_step("root", momentum, nesterov, mu_dtype)
     # What soft thresholding takes off the momentum is left to be orthogonalised.
     direction = optax.chain(clip_by_quantile(quantile), orthogonalizer, shape_scale)
-    adam = optax.scale_by_adam(mu_dtype=mu_dtype)
+    adam = adam_step(mu_dtype)
     decay = decay_step("root", weight_decay)
     rate = rate_step("root", learning_rate)
 

@@ -11,6 +11,7 @@ from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes, zeros_like
 from orthax.linalg.elementary import RANKINGS, wide
+from orthax.linalg.quantization import BITS
 from orthax.transforms.low_rank.frames import (
     Frame,
     check_kept,
@@ -19,7 +20,7 @@ from orthax.transforms.low_rank.frames import (
     random_matrices,
 )
 from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
-from orthax.transforms.low_rank.quantized import BITS, ROUNDINGS, dequantize_leaves, quantize_leaves
+from orthax.transforms.low_rank.quantized import ROUNDINGS, dequantize_leaves, quantize_leaves
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
 

@@ -9,7 +9,6 @@ import jax
 from orthax.linalg.quantization import Quantized
 from orthax.transforms.low_rank.frames import Frame
 
-BITS = {"int8": 8, "int4": 4}
 ROUNDINGS = ("nearest", "stochastic")
 
 
