@@ -118,6 +118,7 @@ class Config:
 LEARNING_RATES = {
     "adamw": 4e-3,
     "muon": 16e-3,
+    "muon_int8": 16e-3,
     "normuon": 16e-3,
     "muon_original_table": 16e-3,
     "muon_eight_steps": 16e-3,
@@ -326,6 +327,7 @@ class GPT(nnx.Module):
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
     "muon": orthax.muon,
+    "muon_int8": functools.partial(orthax.muon, mu_dtype="int8"),
     "normuon": orthax.normuon,
     "muon_original_table": functools.partial(
         orthax.muon,

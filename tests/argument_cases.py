@@ -402,7 +402,7 @@ def optimizer(function: Any, **own: Argument) -> Call:
         "fallback": transformation(none=True),
         "dimension_numbers": dimension_numbers(starting),
         "mu_dtype": dtype("int8"),
-        "rank": rank(),
+        "rank": rank().but(none=True),
         "basis": choice(*BASES),
         "ranking": choice("l1", "l2"),
         "update_every": integer(),

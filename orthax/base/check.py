@@ -128,7 +128,11 @@ def _refuse(
 ) -> NoReturn:
     # What inject_hyperparams turns into an array is no longer a word or an integer.
     if isinstance(x, jax.Array) and "number" not in accepted:
-        hint = " In optax.inject_hyperparams, list it in static_args."
+        call, _, argument = where.partition(": ")
+        hint = (
+            f" In optax.inject_hyperparams, list it in static_args: "
+            f"optax.inject_hyperparams(orthax.{call}, static_args=({argument!r},))(...)."
+        )
     raise kind(f"{where} must be {accepted}, got {x!r}.{hint}")
 
 

@@ -9,14 +9,14 @@ import optax
 from orthax.base import check
 from orthax.base.leaves import keep_dtypes
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, rate_step
+from orthax.optimizers.parts import QUARTER, decay_step, fallback_chain, rate_step
 from orthax.transforms.adam_per_index import scale_by_adam_per_index
 from orthax.transforms.low_rank.projection import projected
 
 
 def dct_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | float | Callable[[int, int], int] = 128,
+    rank: int | float | Callable[[int, int], int] | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     *,
@@ -41,7 +41,7 @@ def dct_adamw(
 
     Args:
       learning_rate: Number or schedule; AdamW's values are a good start.
-      rank: Dimensions r, as in `orthax.low_rank`.
+      rank: Dimensions r, as in `orthax.low_rank`. None: a quarter of the shorter side.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
@@ -81,7 +81,7 @@ def dct_adamw(
     low_rank = projected(
         "dct_adamw",
         per_index if bias_correction == "per_index" else keep_dtypes(adam),
-        rank,
+        QUARTER if rank is None else rank,
         basis=basis,
         ranking=ranking,
         retain=0.0 if error_feedback else None,

@@ -39,7 +39,8 @@ def muon(
     `orthax.explain(params)` shows which.
 
     Args:
-      learning_rate: Number or schedule. With the default shape scale, AdamW's values carry over.
+      learning_rate: Number or schedule. Of AdamW's best value try 1, 3 and 10 times with the
+        default shape scale.
       momentum: A number in [0, 1) for `optax.trace`, or a transformation taken as it is.
       nesterov: Whether a number `momentum` looks ahead, as Keller Jordan's code does.
       weight_decay: Decoupled decay, multiplied by the learning rate: a number, a schedule, or a
@@ -55,7 +56,12 @@ def muon(
         and mask, and optax's default moments.
       dimension_numbers: Which leaves are matrices and how: see `orthax.as_matrices`.
       mu_dtype: Dtype of the momentum, and of the default fallback's first moment. None: the
-        gradient's; float32 for float16. In `optax.inject_hyperparams`, list it in `static_args`.
+        params'; float32 for float16. In `optax.inject_hyperparams`, list it in `static_args`. The
+        string "int8" keeps the momentum in a byte an entry, levels between the ends of each row of
+        the leaf's last axis, and the fallback in full. On a GPT's own gradients the directions of
+        8-bit and exact momentum have a cosine of 0.95, 0.84, 0.81, 0.93 after 1, 10, 30, 100 steps
+        (stochastic rounding: 0.92, 0.78, 0.74, 0.89; 4 bits: 0.47, 0.34, 0.31, 0.44;
+        benchmarks/momentum_bits.py), and its loss is the same.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.

@@ -11,6 +11,9 @@ from orthax.linalg.quantization import BITS
 from orthax.matrices.partition import Build
 from orthax.transforms.trace_int8 import trace_int8
 
+QUARTER = 0.25
+"""The rank of low-rank optimizers if none is given, of the shorter side."""
+
 
 def momentum_step(
     call: str,

@@ -8,7 +8,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import decay_step, fallback_chain, rate_step
+from orthax.optimizers.parts import QUARTER, decay_step, fallback_chain, rate_step
 from orthax.transforms.low_rank.projection import projected
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -16,7 +16,7 @@ from orthax.transforms.shape_scale import scale_by_adam_rms
 
 def trion(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int | float | Callable[[int, int], int] = 128,
+    rank: int | float | Callable[[int, int], int] | None = None,
     momentum: jax.typing.ArrayLike = 0.95,
     *,
     basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
@@ -41,7 +41,7 @@ def trion(
     Args:
       learning_rate: Number or schedule. With the default shape scale an update of rank r has RMS
         0.2 sqrt(r / min(fan_in, fan_out)): less than AdamW's, so the best rate is larger.
-      rank: Dimensions r, as in `orthax.low_rank`.
+      rank: Dimensions r, as in `orthax.low_rank`. None: a quarter of the shorter side.
       momentum: A number in [0, 1).
       basis: Of the projection; see `orthax.low_rank`, and for the two that follow. The paper's code
         uses "dct3" for fan_in <= fan_out and "dct" for all others.
@@ -68,7 +68,7 @@ def trion(
     low_rank = projected(
         "trion",
         orthogonalizer,
-        rank,
+        QUARTER if rank is None else rank,
         basis=basis,
         ranking=ranking,
         retain=momentum,

@@ -1,14 +1,16 @@
 """What holds for every optimizer alike and is no rule of optax (tests/test_contract.py)."""
 
 import functools
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
 import pytest
-from helpers import normal_tree
+from helpers import normal, normal_tree
 from paths import updates_of
 
 import orthax
@@ -97,3 +99,35 @@ def test_updates_of_16_bit_gradients_of_a_thousand_have_their_scale_and_dtype(na
         rms = np.sqrt((oracles.float64(u) ** 2).mean((-2, -1)))
         assert (0.002 * least < rms).all(), (leaf, rms)
         assert (rms < 0.002 * most).all(), (leaf, rms)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("trion", {}),
+        ("dct_adamw", {}),
+        ("hybrid_auon", {}),
+        ("muon", {"mu_dtype": jnp.bfloat16}),
+    ],
+)
+def test_what_cannot_be_injected_is_refused_with_the_line_to_write(name, options):
+    params = {"dense": {"kernel": jnp.asarray(normal((16, 32)))}}
+    plain = optax.inject_hyperparams(getattr(orthax, name))(learning_rate=0.1, **options)
+    with pytest.raises(TypeError) as raised:
+        plain.init(params)
+    (line,) = re.findall(r"optax\.inject_hyperparams\(.*\)\(", str(raised.value))
+    names = {"optax": optax, "orthax": orthax, "options": options}
+    made = eval(f"{line}learning_rate=0.1, **options)", names)
+    state = made.init(params)
+    updates, _ = jax.jit(made.update)(params, state, params)
+    expected = getattr(orthax, name)(0.1, **options)
+    theirs, _ = expected.update(params, expected.init(params), params)
+    chex.assert_trees_all_close(updates, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["trion", "dct_adamw"])
+def test_without_a_rank_it_is_a_quarter_of_the_shorter_side(name):
+    params = {"dense": {"kernel": jnp.ones((64, 24))}}
+    state = jax.eval_shape(getattr(orthax, name)(0.1).init, params)
+    subspaces = optax.tree.get(state, "subspaces")
+    assert [x.shape for x in jax.tree.leaves(subspaces)] == [(6,)]

@@ -73,7 +73,7 @@ def test_the_defaults_are_the_papers_with_l2_and_adams_rms():
     options = {"dimension_numbers": settings["dimension_numbers"]}
     by_hand = orthax.trion(
         0.1,
-        128,
+        0.25,
         0.95,
         basis="dct",
         ranking="l2",

@@ -191,8 +191,8 @@ def check_rank(call: str, rank: Any) -> None:
     accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
     if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
         raise TypeError(
-            f"{call}: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list "
-            "it in static_args."
+            f"{call}: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list it "
+            f"in static_args: optax.inject_hyperparams(orthax.{call}, static_args=('rank',))(...)."
         )
     if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
         raise ValueError(f"{call}: rank must be {accepted}, got {rank!r}.")
