@@ -53,6 +53,8 @@ def auon(
     Returns:
       The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `mode` out of range; TypeError: as there.
 

@@ -64,6 +64,8 @@ def dct_adamw(
       The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
       State: per matrix 2 r max(m, n) numbers, r indices and twice r weights; the error feedback.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.low_rank`, for unknown `bias_correction`, decays outside [0, 1).
       TypeError: As `orthax.low_rank`.

@@ -58,6 +58,8 @@ def hybrid_auon(
     Returns:
       The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.muon`, and for a `gamma` or `steps` out of range.
       TypeError: As `orthax.muon`, and for `steps` that are no integer.

@@ -68,6 +68,8 @@ def muon(
       State: one momentum per matrix (4 bytes a parameter in float32), two moments per other
         parameter.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: For an argument out of range; at `init`, for a leaf whose axes are undecided; at
         `update`, if decay needs params that are not given.

@@ -50,6 +50,8 @@ def normuon(
       The optimizer; updates have the gradients' dtype and sharding.
       State: Muon's and one number per neuron.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.muon`, and for `decay` outside [0, 1); TypeError: as `orthax.muon`.
 

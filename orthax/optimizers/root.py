@@ -52,6 +52,8 @@ def root(
     Returns:
       The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.muon`, and for `quantile` outside [0, 1]; TypeError: as `orthax.muon`.
 

@@ -56,6 +56,8 @@ def trion(
       The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
       State: Muon's, and r indices per matrix.
 
+    Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
+
     Raises:
       ValueError: As `orthax.muon` and `orthax.low_rank`; TypeError: as these.
 

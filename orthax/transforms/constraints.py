@@ -142,6 +142,9 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
 
         optax.chain(orthogonalize(), optax.scale_by_trust_ratio(), optax.sgd(0.02), keep_norm())
 
+    (`optax.scale_by_trust_ratio` takes one norm of a whole leaf: in a stack of matrices of unequal
+    norms, experts or scanned layers, its step is relative to the stack's norm, not to each one's.)
+
     Args:
       radius: The norm of each matrix, more than 0. None: that of the params when the update
         starts; rounding then makes it drift, by up to 6e-5 in 100,000 float32 updates.
