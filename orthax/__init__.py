@@ -8,8 +8,10 @@ from orthax.matrices.path_rules import PathRules
 from orthax.matrices.view import MatrixView, Packed
 from orthax.optimizers.auon import auon
 from orthax.optimizers.dct_adamw import dct_adamw
+from orthax.optimizers.from_optax import from_optax_muon
 from orthax.optimizers.hybrid_auon import hybrid_auon
 from orthax.optimizers.muon import muon
+from orthax.optimizers.names import OPTIMIZERS, by_name
 from orthax.optimizers.normuon import normuon
 from orthax.optimizers.root import root
 from orthax.optimizers.trion import trion
@@ -38,13 +40,13 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "AddPenaltyState", "LowRankState", "MatrixView", "NormalizeNeuronsState", "Packed", "PathRules",
-    "ScaleByAdamPerIndexState", "WithMemory", "add_penalty", "as_matrices", "auon",
-    "clip_by_quantile", "conv_penalties", "dct_adamw", "diagnostics", "explain", "hybrid_auon",
-    "keep_norm", "keep_orthogonal", "keep_unit_neurons", "linalg", "low_rank", "muon",
-    "normalize_neurons", "normuon", "orthogonalize", "partition_matrices", "penalties",
-    "project_tangent", "root", "scale_by_adam_per_index", "scale_by_adam_rms", "scale_by_cosh_rms",
-    "scale_by_unit_rms", "scale_by_width", "scale_to_rms", "trion",
+    "AddPenaltyState", "LowRankState", "MatrixView", "NormalizeNeuronsState", "OPTIMIZERS",
+    "Packed", "PathRules", "ScaleByAdamPerIndexState", "WithMemory", "add_penalty", "as_matrices",
+    "auon", "by_name", "clip_by_quantile", "conv_penalties", "dct_adamw", "diagnostics", "explain",
+    "from_optax_muon", "hybrid_auon", "keep_norm", "keep_orthogonal", "keep_unit_neurons", "linalg",
+    "low_rank", "muon", "normalize_neurons", "normuon", "orthogonalize", "partition_matrices",
+    "penalties", "project_tangent", "root", "scale_by_adam_per_index", "scale_by_adam_rms",
+    "scale_by_cosh_rms", "scale_by_unit_rms", "scale_by_width", "scale_to_rms", "trion",
 ]
 # fmt: on
 

@@ -295,6 +295,7 @@ def rank() -> Argument:
 # --- trees
 
 KERNELS = {"dense": [struct(4, 6)]}
+ZEROS = {"dense": [jnp.zeros((4, 6))]}
 LEAF = "'dense/0'"
 ALL = MuonDimensionNumbers(0, 1)
 
@@ -616,6 +617,19 @@ CALLS = (
         mu_dtype=dtype(),
         buffer_dtype=dtype("int8", "int4"),
     ),
+    Call("by_name", orthax.by_name, {}, {"name": choice(*orthax.OPTIMIZERS)}),
+    call(
+        "from_optax_muon",
+        orthax.from_optax_muon,
+        {
+            "state": optax.contrib.muon(0.1).init(ZEROS),
+            "optimizer": orthax.muon(0.1, dimension_numbers=MuonDimensionNumbers(-2, -1)),
+            "params": ZEROS,
+        },
+        optimizer=Argument(transformation().bad, ()),
+        momentum=number("[0, 1)", static=True),
+    ),
+    Call("coefficients.by_name", coefficients.by_name, {}, {"name": choice(*coefficients.TABLES)}),
     # orthax.linalg
     call("frobenius_norm", linalg.frobenius_norm, x=matrices()),
     call("normalize", linalg.normalize, X, x=matrices(), eps=EPS),

@@ -19,6 +19,7 @@ from orthax.diagnostics import (
     of_params,
     of_updates,
     orthogonality_error,
+    scalars,
     singular_values,
     stable_rank,
     update_to_weight_ratio,
@@ -614,3 +615,45 @@ def test_rules_measure_each_leaf_as_it_is_and_heads_too():
     assert found["head/kernel"] == pytest.approx(exact, rel=1e-3)
     assert ratio == {"head/kernel": pytest.approx(0.5)}
     assert set(of_updates(rules)(params)) == set(found)
+
+
+# --- for loggers
+
+
+def test_scalars_are_the_measures_of_monitors_and_snapshots_by_name_and_path():
+    last = MuonDimensionNumbers(-2, -1)
+    ratio = of_both(update_to_weight_ratio, last)
+    tx = optax.chain(
+        optax.snapshot("size", of_updates(orthogonality_error, last)),
+        optax.sgd(0.1),
+        optax.monitor({"ratio": ratio, "loss": lambda u: jnp.float32(2)}),
+    )
+    stacked = {"kernel": jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])}
+    params = {"up": {"kernel": 2 * jnp.eye(3)}, "experts": stacked}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    found = scalars(state)
+    assert all(isinstance(value, float) for value in found.values())
+    expected = {
+        "size/up/kernel": 3 * 3**0.5,
+        "size/experts/kernel/0": 0.0,
+        "size/experts/kernel/1": 3 * 3**0.5,
+        "ratio/up/kernel": 0.1,
+        "ratio/experts/kernel/0": 0.1,
+        "ratio/experts/kernel/1": 0.1,
+        "loss": 2.0,
+    }
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_scalars_of_a_traced_state_are_refused_by_name():
+    tx = optax.monitor({"error": of_params(orthogonality_error)})
+    params = {"up": {"kernel": jnp.eye(3)}}
+
+    @jax.jit
+    def step(params):
+        return scalars(tx.update(params, tx.init(params), params)[1])
+
+    with pytest.raises(TypeError, match="'error/up/kernel' is traced"):
+        step(params)
+    assert scalars(optax.sgd(0.1).init(params)) == {}

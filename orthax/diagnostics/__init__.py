@@ -14,6 +14,7 @@ The first functions take matrices and return a number for each. `of_updates`, `o
     optax.tree.get(state, "ratio")  # {"blocks/0/up/kernel": ..., ...}
 """
 
+from orthax.diagnostics.flat import scalars
 from orthax.diagnostics.measures import (
     effective_rank,
     neuron_norm_spread,
@@ -28,7 +29,7 @@ from orthax.diagnostics.monitoring import of_both, of_params, of_updates
 # fmt: off
 __all__ = [
     "effective_rank", "neuron_norm_spread", "of_both", "of_params", "of_updates",
-    "orthogonality_error", "singular_values", "stable_rank", "update_to_weight_ratio",
+    "orthogonality_error", "scalars", "singular_values", "stable_rank", "update_to_weight_ratio",
     "warm_spectral_norm",
 ]
 # fmt: on

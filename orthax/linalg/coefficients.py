@@ -8,13 +8,14 @@ to make one for any range is `minimax`, and for random matrices of a given shape
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from orthax.base import check
 from orthax.linalg.polar_factor.shape_tables import for_shape
 from orthax.linalg.polar_factor.tables import Row, Table, minimax, scalar_map
 
 # fmt: off
 __all__ = [
-    "CANS", "DION", "MUON", "POLAR_EXPRESS", "ROOT", "Row", "Table", "for_shape", "minimax",
-    "scalar_map",
+    "CANS", "CUBIC", "DEEPSEEK_V4", "DION", "MUON", "POLAR_EXPRESS", "ROOT", "Row", "TABLES",
+    "Table", "by_name", "for_shape", "minimax", "scalar_map",
 ]
 # fmt: on
 
@@ -70,6 +71,26 @@ Maps [1e-3, 1] into [0.884, 1.120]; slope 1049. No safety factor.
 Source: Grishina et al., 2025, <https://arxiv.org/abs/2506.10935>.
 """
 
+DEEPSEEK_V4: Table = (*((3.4445, -4.7750, 2.0315),) * 8, *((2.0, -1.5, 0.5),) * 2)
+"""Ten steps, of which the last two bring what Muon's triple leaves scattered near 1.
+
+Maps [1e-3, 1] into [1, 1.0006]; slope 79,263 at zero. No safety factor.
+Source: DeepSeek-V4, as MaxText runs it (`ns_coeffs`).
+"""
+
+CUBIC: Table = (
+    (3.3656576, -3.3420992, 0.0),
+    (2.5744352, -1.4957376, 0.0),
+    (2.5368962, -1.4312570, 0.0),
+    (2.4418906, -1.2764040, 0.0),
+    (2.2230472, -0.9630650, 0.0),
+)
+"""Five cubic steps: with c = 0 a step takes two products instead of three.
+
+Maps [1e-3, 1] into [0.119, 1.30]; slope 119 at zero. No safety factor.
+Source: <https://arxiv.org/abs/2606.00371>.
+"""
+
 ROOT: Mapping[tuple[int, int], Table] = MappingProxyType(
     {
         (2048, 2048): ((3.4916, -4.8224, 2.1095),) * 5,
@@ -84,3 +105,32 @@ Beware: the one of (2048, 2048) takes singular values in [0, 1] up to 3.31. Slop
 489, 235 and 333. No safety factor. Tables for any shape are `for_shape`'s.
 Source: He et al., 2025, <https://arxiv.org/abs/2511.20626>; triples from the code.
 """
+
+TABLES: Mapping[str, Table] = MappingProxyType(
+    {
+        "cans": CANS,
+        "cubic": CUBIC,
+        "deepseek_v4": DEEPSEEK_V4,
+        "dion": DION,
+        "muon": MUON,
+        "polar_express": POLAR_EXPRESS,
+    }
+)
+"""The tables for every shape, by name."""
+
+
+def by_name(name: str) -> Table:
+    """Returns the table that a configuration names.
+
+    Args:
+      name: One of `TABLES`.
+
+    Raises:
+      ValueError: For another name; it lists them. TypeError: if `name` is no string.
+
+    Example:
+      >>> len(by_name("deepseek_v4"))
+      10
+    """
+    check.choice("coefficients.by_name: name", name, tuple(TABLES))
+    return TABLES[name]

@@ -91,7 +91,7 @@ def newton_schulz(
     for a, b, c in table:
         # Y <- a Y + (b R + c R^2) Y: three products, of which only the first and the last are long.
         r = gram(y, precision) if first is None else first
-        polynomial = b * r + c * symmetric_product(r, r, precision)
+        polynomial = b * r + c * symmetric_product(r, r, precision) if c else b * r
         y = a * y + jnp.matmul(polynomial, y, precision=precision)
         first = None
     return (y.mT if tall else y).astype(x.dtype)
