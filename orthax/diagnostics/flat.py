@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from orthax.base.leaves import path_text
 
@@ -48,7 +49,7 @@ def _measured(node: Any) -> bool:
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(f"scalars: '{name}' is traced; call it outside jax.jit, on the new state.")
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == jax.numpy.bfloat16):
