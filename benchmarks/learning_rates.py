@@ -187,7 +187,7 @@ def trained(problem: Problem, make: Callable[[Any], optax.GradientTransformation
 
         start = (problem.params, optimizer.init(problem.params))
         (params, _), _ = jax.lax.scan(step, start, order)
-        return tuple(problem.loss_of(params, held) for held in (problem.select, problem.report))
+        return problem.loss_of(params, problem.select), problem.loss_of(params, problem.report)
 
     return losses
 
