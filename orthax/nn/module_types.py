@@ -4,16 +4,15 @@ A layer's type and its feature counts say what its kernel is in one layer; axes 
 stacked layers (`nnx.vmap`, `nnx.scan`) and count matrices.
 """
 
-import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
 from orthax.matrices.default_rule import output_head
+from orthax.matrices.layer_layout import Layout, excluded_patterns, place
 from orthax.matrices.path_rules import PathRules
-from orthax.matrices.view import DimensionNumbers, Packed
 from orthax.nn.householder_linear import HouseholderLinear
 
 _CALL = "orthax.nn.dimension_numbers"
@@ -75,7 +74,7 @@ def dimension_numbers(
     # A parameter can belong to several modules (tied weights), under one path: it is read once, and
     # as all of its owners do. Recurrent cells hold plain Linear layers, whose kernels have the
     # gates side by side; only the cell knows how many.
-    excluded = _excluded_patterns(exclude)
+    excluded = excluded_patterns(_CALL, exclude)
     nodes = list(nnx.iter_graph(model))
     owners: dict[int, list[tuple[nnx.Module, str]]] = {}
     gates: dict[int, int] = {}
@@ -102,23 +101,6 @@ def dimension_numbers(
     return PathRules(tuple(rules))
 
 
-def _excluded_patterns(exclude: Any) -> tuple[str | re.Pattern[str], ...]:
-    single = isinstance(exclude, str | re.Pattern)
-    try:
-        patterns = (exclude,) if single else () if exclude is None else tuple(exclude)
-        for pattern in patterns:
-            re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{_CALL}: exclude={exclude!r} is no regular expression: {error}."
-        ) from None
-    except TypeError:
-        raise TypeError(
-            f"{_CALL}: exclude must be a regular expression or a sequence of them, got {exclude!r}."
-        ) from None
-    return patterns
-
-
 def _read_shared(
     path: str, parameter: Any, owners: list[tuple[nnx.Module, str]], gates: dict[int, int]
 ) -> Any:
@@ -131,8 +113,11 @@ def _read_shared(
     for module, name in owners:
         layout = _layout(path, module, name, gates.get(id(module), 1))
         if layout is not None:
-            dims = _place(path, tuple(parameter.shape), module, layout)
-            readings[dims] = type(module).__name__
+            bias = getattr(module, "bias", None)
+            bias = None if bias is None else tuple(bias.shape)
+            shape, kind = tuple(parameter.shape), type(module).__name__
+            dims = place(f"{_CALL}: '{path}'", shape, bias, kind, layout, _advice(path))
+            readings[dims] = kind
     if len(readings) > 1:
         raise ValueError(
             f"{_CALL}: '{path}' has shape {tuple(parameter.shape)} and is shared by modules that "
@@ -141,37 +126,23 @@ def _read_shared(
     return next(iter(readings), ...)
 
 
-class _Layout(NamedTuple):
-    """How one layer reads its kernel: shapes without stacked axes, and axes of `shape`.
-
-    `sections` are matrices along the last output axis; depthwise kernels have no matrix.
-    """
-
-    shape: tuple[int, ...]
-    reduction: tuple[int, ...]
-    output: tuple[int, ...]
-    sections: int = 1
-    bias: tuple[int, ...] = ()
-    has_matrix: bool = True
-
-
-def _layout(path: str, module: nnx.Module, name: str, gates: int) -> _Layout | None:
+def _layout(path: str, module: nnx.Module, name: str, gates: int) -> Layout | None:
     if isinstance(module, nnx.LoRA):
         if name == "lora_a":
-            return _Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
+            return Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
         if name == "lora_b":
-            return _Layout((module.lora_a.shape[-1], module.out_features), (0,), (1,))
+            return Layout((module.lora_a.shape[-1], module.out_features), (0,), (1,))
     if name != "kernel":
         return None
     if isinstance(module, nnx.Linear):
         shape = (module.in_features, module.out_features)
-        return _Layout(shape, (0,), (1,), gates, (module.out_features,))
+        return Layout(shape, (0,), (1,), gates, (module.out_features,))
     if isinstance(module, nnx.LinearGeneral):
         batch = tuple(module.batch_axis.values())
         start, end = len(batch), len(batch) + len(module.in_features)
         shape = (*batch, *module.in_features, *module.out_features)
         outputs = tuple(range(end, len(shape)))
-        return _Layout(shape, tuple(range(start, end)), outputs, 1, batch + module.out_features)
+        return Layout(shape, tuple(range(start, end)), outputs, 1, batch + module.out_features)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
         return _convolution(module)
     if isinstance(module, nnx.Einsum):
@@ -179,20 +150,20 @@ def _layout(path: str, module: nnx.Module, name: str, gates: int) -> _Layout | N
     return None
 
 
-def _convolution(module: nnx.Conv | nnx.ConvTranspose) -> _Layout:
+def _convolution(module: nnx.Conv | nnx.ConvTranspose) -> Layout:
     groups = getattr(module, "feature_group_count", 1)
     window, bias = tuple(module.kernel_size), (module.out_features,)
     axes = tuple(range(len(window) + 2))
     # Every output reads a whole window: spatial axes are summed over, like the input channels.
     if getattr(module, "transpose_kernel", False):
         shape = (*window, module.out_features, module.in_features)
-        return _Layout(shape, axes[:-2] + axes[-1:], axes[-2:-1], 1, bias)
+        return Layout(shape, axes[:-2] + axes[-1:], axes[-2:-1], 1, bias)
     shape = (*window, module.in_features // groups, module.out_features)
     depthwise = groups > 1 and groups == module.out_features
-    return _Layout(shape, axes[:-1], axes[-1:], groups, bias, not depthwise)
+    return Layout(shape, axes[:-1], axes[-1:], groups, bias, not depthwise)
 
 
-def _einsum(path: str, module: nnx.Einsum) -> _Layout:
+def _einsum(path: str, module: nnx.Einsum) -> Layout:
     """Reads `inputs,kernel->result`: labels that inputs and result both have are batch axes."""
     operands, _, result = (module.einsum_str or "").partition("->")
     inputs, _, labels = operands.partition(",")
@@ -206,49 +177,7 @@ def _einsum(path: str, module: nnx.Einsum) -> _Layout:
     reduction = tuple(axis for axis, label in enumerate(labels) if label not in result)
     output = tuple(a for a, label in enumerate(labels) if label in result and label not in inputs)
     bias = tuple(module.bias_shape or ())
-    return _Layout(tuple(module.kernel_shape), reduction, output, 1, bias)
-
-
-def _place(
-    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
-) -> DimensionNumbers | Packed | None:
-    """Turns axes of one layer into axes of the parameter, which may hold a stack of layers."""
-    if not (layout.has_matrix and layout.reduction and layout.output):
-        return None
-    # `kept` numbers the axes of the parameter as the layer alone would have them.
-    stack = _stacked_axes(path, shape, module, layout)
-    kept = [axis for axis in range(len(shape)) if axis not in stack]
-    reduction = tuple(kept[axis] for axis in layout.reduction)
-    output = tuple(kept[axis] for axis in layout.output)
-    dims = DimensionNumbers(reduction, output)
-    return dims if layout.sections == 1 else Packed(dims, output[-1], layout.sections)
-
-
-def _stacked_axes(
-    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
-) -> tuple[int, ...]:
-    """Returns the axes without which the shape is that of a single layer."""
-    rank, extra = len(shape), len(shape) - len(layout.shape)
-    fits = [
-        axes
-        for axes in itertools.combinations(range(rank), max(extra, 0))
-        if tuple(shape[axis] for axis in range(rank) if axis not in axes) == layout.shape
-    ]
-    # Several choices fit where the stack is as large as a feature axis. Stacks usually lead; the
-    # bias, which has the same stacked axes, tells where they do not.
-    if len(fits) == 1:
-        return fits[0]
-    bias = getattr(module, "bias", None)
-    leading = tuple(range(extra))
-    if leading in fits and (bias is None or tuple(bias.shape) == shape[:extra] + layout.bias):
-        return leading
-    elsewhere = [axes for axes in fits if axes != leading]
-    if len(elsewhere) == 1:
-        return elsewhere[0]
-    raise ValueError(
-        f"{_CALL}: '{path}' has shape {shape}, but one {type(module).__name__} has a kernel of "
-        f"shape {layout.shape}; which axes are a stack cannot be told. {_advice(path)}"
-    )
+    return Layout(tuple(module.kernel_shape), reduction, output, 1, bias)
 
 
 def _advice(path: str) -> str:
