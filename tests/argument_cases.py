@@ -431,8 +431,8 @@ def from_kernel(**arguments: Any) -> Any:
     return orthax.nn.HouseholderLinear.from_kernel(**arguments).kernel
 
 
-def linear() -> Any:
-    return nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+def attention() -> Any:
+    return nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)))
 
 
 BASES = ("dct", "dct3", "random", "hadamard", "columns", "svd", "subspace")
@@ -896,7 +896,7 @@ CALLS = (
     call(
         "orthax.nn.dimension_numbers",
         orthax.nn.dimension_numbers,
-        {"model": linear()},
+        {"model": attention()},
         model=Argument(
             tuple(
                 Bad(value, TypeError, ("must be a flax.nnx.Module", f"got {type(value).__name__}"))
@@ -911,6 +911,7 @@ CALLS = (
             ),
             (None, "a", re.compile("a"), ["a", re.compile("b")]),
         ),
+        per_head=flag(),
     ),
 )
 

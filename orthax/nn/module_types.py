@@ -4,12 +4,15 @@ A layer's type and its feature counts say what its kernel is in one layer; axes 
 stacked layers (`nnx.vmap`, `nnx.scan`) and count matrices.
 """
 
+import functools
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 
+from orthax.base import check
 from orthax.matrices.default_rule import output_head
 from orthax.matrices.layer_layout import Layout, excluded_patterns, place
 from orthax.matrices.path_rules import PathRules
@@ -20,6 +23,7 @@ _KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Eins
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
 if hasattr(nnx, "InstanceNorm"):
     _NORMS += (nnx.InstanceNorm,)
+_HEADS_OF = ("query", "key", "value")
 _NEVER = (
     (_KERNELS, ("bias",)),
     (_NORMS, ("scale", "bias")),
@@ -32,6 +36,8 @@ _NEVER = (
 def dimension_numbers(
     model: nnx.Module,
     exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None,
+    *,
+    per_head: bool = False,
 ) -> PathRules:
     """Tells which parameters of a Flax NNX model are matrices, and how, by module types.
 
@@ -46,15 +52,20 @@ def dimension_numbers(
       model: The model, with arrays or `jax.ShapeDtypeStruct`s (`nnx.eval_shape`) inside.
       exclude: Regular expression, or several, of paths such as `blocks/0/mlp/up/kernel` that go to
         the fallback too (`re.search`).
+      per_head: Whether each head of query, key and value is a matrix of its own, (features, size),
+        as in Kimi's and torchtitan's Muon; the heads are a batch axis. That is so for
+        MultiHeadAttention and for every LinearGeneral of two output features called `query`, `key`
+        or `value`; it warns if there is none. Heads in a Linear kernel need a rule, such as
+        `orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=heads)`.
 
     Returns:
       Rules with one exact path per parameter, as `nnx.state(model)` shows it, and the default rule
       for all others. Axes of stacked layers are batch axes: the first, unless sizes say otherwise.
 
     Raises:
-      TypeError: For a model that is not an `nnx.Module`, or `exclude` of another type. ValueError:
-        for a kernel whose shape is not that of its module with stacked axes, one that modules read
-        differently, or `exclude` that is no regular expression.
+      TypeError: For a model that is not an `nnx.Module`, or another argument of a wrong type.
+      ValueError: For a kernel whose shape is not that of its module with stacked axes, one that
+        modules read differently, or `exclude` that is no regular expression.
 
     Example:
       >>> import orthax, orthax.nn
@@ -76,16 +87,27 @@ def dimension_numbers(
     # gates side by side; only the cell knows how many.
     excluded = excluded_patterns(_CALL, exclude)
     nodes = list(nnx.iter_graph(model))
+    check.flag(f"{_CALL}: per_head", per_head)
     owners: dict[int, list[tuple[nnx.Module, str]]] = {}
+    with_heads: set[int] = set()
     gates: dict[int, int] = {}
     for _, node in nodes:
         if isinstance(node, nnx.Module):
             for name, child in vars(node).items():
                 if isinstance(child, nnx.Variable):
                     owners.setdefault(id(child), []).append((node, name))
+                elif per_head and name in _HEADS_OF and _has_heads(child):
+                    with_heads.add(id(child))
         if isinstance(node, nnx.OptimizedLSTMCell | nnx.GRUCell):
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
+    if per_head and not with_heads:
+        warnings.warn(
+            f"{_CALL}: per_head=True, but no LinearGeneral of two output features (heads, size) is "
+            "called query, key or value. For other layers write a rule with orthax.Packed.",
+            stacklevel=2,
+        )
+    read = functools.partial(_layout, gates=gates, with_heads=with_heads)
 
     # Exclusions come first, as the first rule decides. Paths are escaped: a rule per parameter.
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
@@ -95,14 +117,17 @@ def dimension_numbers(
         if id(node) not in owners or any(re.search(pattern, path) for pattern in excluded):
             continue
         head = output_head(parts) is not None
-        dims = None if head else _read_shared(path, node, owners[id(node)], gates)
+        dims = None if head else _read_shared(path, node, owners[id(node)], read)
         if dims is not ...:
             rules.append((f"^{re.escape(path)}$", dims))
     return PathRules(tuple(rules))
 
 
 def _read_shared(
-    path: str, parameter: Any, owners: list[tuple[nnx.Module, str]], gates: dict[int, int]
+    path: str,
+    parameter: Any,
+    owners: list[tuple[nnx.Module, str]],
+    read: Callable[[str, nnx.Module, str], Layout | None],
 ) -> Any:
     """Reads a parameter as its owners do: dimension numbers, None, or `...` if they are unknown."""
     for module, name in owners:
@@ -111,7 +136,7 @@ def _read_shared(
     # Distinct readings of one parameter are keys of a dict: more than one is a contradiction.
     readings: dict[Any, str] = {}
     for module, name in owners:
-        layout = _layout(path, module, name, gates.get(id(module), 1))
+        layout = read(path, module, name)
         if layout is not None:
             bias = getattr(module, "bias", None)
             bias = None if bias is None else tuple(bias.shape)
@@ -126,7 +151,13 @@ def _read_shared(
     return next(iter(readings), ...)
 
 
-def _layout(path: str, module: nnx.Module, name: str, gates: int) -> Layout | None:
+def _has_heads(child: Any) -> bool:
+    return isinstance(child, nnx.LinearGeneral) and len(child.out_features) == 2
+
+
+def _layout(
+    path: str, module: nnx.Module, name: str, gates: dict[int, int], with_heads: set[int]
+) -> Layout | None:
     if isinstance(module, nnx.LoRA):
         if name == "lora_a":
             return Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
@@ -136,12 +167,12 @@ def _layout(path: str, module: nnx.Module, name: str, gates: int) -> Layout | No
         return None
     if isinstance(module, nnx.Linear):
         shape = (module.in_features, module.out_features)
-        return Layout(shape, (0,), (1,), gates, (module.out_features,))
+        return Layout(shape, (0,), (1,), gates.get(id(module), 1), (module.out_features,))
     if isinstance(module, nnx.LinearGeneral):
         batch = tuple(module.batch_axis.values())
         start, end = len(batch), len(batch) + len(module.in_features)
         shape = (*batch, *module.in_features, *module.out_features)
-        outputs = tuple(range(end, len(shape)))
+        outputs = tuple(range(end + (id(module) in with_heads), len(shape)))
         return Layout(shape, tuple(range(start, end)), outputs, 1, batch + module.out_features)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
         return _convolution(module)
