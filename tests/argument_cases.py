@@ -941,6 +941,14 @@ WITH_RANK = {
     "trion": functools.partial(orthax.trion, 0.1),
     "dct_adamw": functools.partial(orthax.dct_adamw, 0.1),
 }
+FILTER = "eqx.filter(model, eqx.is_inexact_array)"
+FUNCTIONS = (
+    Bad(jax.nn.relu, TypeError, ("is a function", FILTER)),  # what an Equinox MLP holds
+    Bad(jnp.tanh, TypeError, ("is a function", FILTER)),
+    Bad("relu", TypeError, ("is of type str", FILTER)),
+    Bad(False, TypeError, ("is of type bool", FILTER)),
+    Bad(jax.random.key(0), TypeError, ("key<fry>", FILTER)),
+)
 LEAVES = (
     Bad(struct(4), ValueError, ("shape (4,)", "two axes", "as_matrices")),
     Bad(struct(), ValueError, ("shape ()", "two axes", "as_matrices")),
@@ -949,6 +957,7 @@ LEAVES = (
     Bad(struct(4, dtype=jnp.int32), TypeError, ("dtype int32", "floating")),
     Bad(1.0, TypeError, ("must be an array", "got float")),
     Bad("kernel", TypeError, ("must be an array", "got str")),
+    Bad(jax.nn.relu, TypeError, ("must be an array", FILTER)),
 )
 INTEGERS = (
     Bad(struct(3, 4, dtype=jnp.int32), TypeError, ("dtype int32", "floating")),
@@ -1033,13 +1042,14 @@ def later() -> list[Row]:
         decayed = make(0.1, weight_decay=0.25)
         words = ("weight_decay=0.25", "update needs params")
         add(name, "params", with_params(decayed), Bad(None, ValueError, words))
-        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, when="at init")
+        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, FUNCTIONS[0], when="at init")
     both = orthax.partition_matrices(optax.identity(), optax.identity())
     alone = orthax.as_matrices(optax.identity())
     vector = Bad(struct(4), ValueError, ("with shape (4,)", "not a matrix", "fewer than two axes"))
-    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED, when="at init")
+    bad = *INTEGERS, *FUNCTIONS, UNDECIDED
+    add("partition_matrices", LEAF, at_init(both), *bad, when="at init")
     for when, run in {"at init": at_init(alone), "at update": at_update(alone)}.items():
-        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector, when=when)
+        add("as_matrices", LEAF, run, *INTEGERS, FUNCTIONS[0], UNDECIDED, vector, when=when)
     sent = orthax.as_matrices(optax.identity(), orthax.PathRules((("dense", None),)))
     add("as_matrices", LEAF, at_update(sent), Bad(TALL, ValueError, ("not a matrix", "'dense'")))
     for name in ("partition_matrices: matrices", "partition_matrices: rest"):
@@ -1050,7 +1060,7 @@ def later() -> list[Row]:
             return orthax.partition_matrices(**{**parts, part: lambda leaves: found}).init(KERNELS)
 
         add(call, part, building, *wrong(3, None, says=("transformation",)), when="made")
-    add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS)
+    add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS, *FUNCTIONS)
 
     measures = (diagnostics.of_updates, diagnostics.of_params, diagnostics.of_both)
     for make in measures[1:]:
@@ -1061,6 +1071,7 @@ def later() -> list[Row]:
             LEAF,
             after_init(optax.monitor({"x": make(half_way)})),
             *INTEGERS,
+            FUNCTIONS[0],
             UNDECIDED,
         )
 
@@ -1113,6 +1124,8 @@ def later() -> list[Row]:
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
         add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
     add("add_penalty", LEAF, after_init(soft), Bad(whole, TypeError, integers))
+    for tx in (soft, orthax.add_penalty(orthax.PathRules(()), 1.0)):
+        add("add_penalty", LEAF, at_init(tx), FUNCTIONS[0], when="at init")
     add(
         "add_penalty",
         LEAF,
