@@ -7,6 +7,7 @@ result of a call refuses later, such as leaves of a tree at `init` or `update`, 
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import math
 import re
@@ -433,6 +434,47 @@ def from_kernel(**arguments: Any) -> Any:
 
 def attention() -> Any:
     return nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)))
+
+
+def exclude() -> Argument:
+    """Regular expressions."""
+    return Argument(
+        wrong(3, [3], (None,), 1.5, says=("must be a regular expression",))
+        + tuple(
+            Bad(value, ValueError, (repr(value), "is no regular expression"))
+            for value in ("(", ["a", "["])
+        ),
+        (None, "a", re.compile("a"), ["a", re.compile("b")]),
+    )
+
+
+HAS_EQUINOX = importlib.util.find_spec("equinox") is not None
+"""Not where the oldest versions are tested."""
+
+
+def of_equinox() -> tuple[Call, ...]:
+    if not HAS_EQUINOX:
+        return ()
+    import equinox as eqx
+
+    import orthax.eqx
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model = eqx.filter_eval_shape(lambda key: eqx.nn.MultiheadAttention(2, 4, key=key), key)
+    bad = (
+        Bad(value, TypeError, ("must be an equinox.Module", f"got {type(value).__name__}"))
+        for value in (None, 3, {"kernel": struct(2, 3)}, eqx.nn.Linear)
+    )
+    return (
+        call(
+            "orthax.eqx.dimension_numbers",
+            orthax.eqx.dimension_numbers,
+            {"model": model},
+            model=Argument(tuple(bad)),
+            exclude=exclude(),
+            per_head=flag(),
+        ),
+    )
 
 
 BASES = ("dct", "dct3", "random", "hadamard", "columns", "svd", "subspace")
@@ -893,6 +935,7 @@ CALLS = (
         ),
         rank=integer("[1, 3]", none=True),
     ),
+    *of_equinox(),
     call(
         "orthax.nn.dimension_numbers",
         orthax.nn.dimension_numbers,
@@ -903,14 +946,7 @@ CALLS = (
                 for value in (None, 3, {"kernel": struct(2, 3)}, nnx.Linear)
             )
         ),
-        exclude=Argument(
-            wrong(3, [3], (None,), 1.5, says=("must be a regular expression",))
-            + tuple(
-                Bad(value, ValueError, (repr(value), "is no regular expression"))
-                for value in ("(", ["a", "["])
-            ),
-            (None, "a", re.compile("a"), ["a", re.compile("b")]),
-        ),
+        exclude=exclude(),
         per_head=flag(),
     ),
 )
