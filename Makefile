@@ -49,7 +49,7 @@ compare: $(VENV)/.examples  ## Learning-rate sweeps and three seeds per optimize
 PART ?= 1
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --part=$(PART) -p no:cacheprovider \
-		--ignore=tests/examples --ignore=tests/notebooks
+		--ignore=tests/examples --ignore=tests/notebooks --ignore=orthax/eqx.py
 
 .venv-oldest/.ready: pyproject.toml oldest-requirements.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -7,6 +7,7 @@ result of a call refuses later, such as leaves of a tree at `init` or `update`, 
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import math
 import re
@@ -432,8 +433,49 @@ def from_kernel(**arguments: Any) -> Any:
     return orthax.nn.HouseholderLinear.from_kernel(**arguments).kernel
 
 
-def linear() -> Any:
-    return nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+def attention() -> Any:
+    return nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)))
+
+
+def exclude() -> Argument:
+    """Regular expressions."""
+    return Argument(
+        wrong(3, [3], (None,), 1.5, says=("must be a regular expression",))
+        + tuple(
+            Bad(value, ValueError, (repr(value), "is no regular expression"))
+            for value in ("(", ["a", "["])
+        ),
+        (None, "a", re.compile("a"), ["a", re.compile("b")]),
+    )
+
+
+HAS_EQUINOX = importlib.util.find_spec("equinox") is not None
+"""Not where the oldest versions are tested."""
+
+
+def of_equinox() -> tuple[Call, ...]:
+    if not HAS_EQUINOX:
+        return ()
+    import equinox as eqx
+
+    import orthax.eqx
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model = eqx.filter_eval_shape(lambda key: eqx.nn.MultiheadAttention(2, 4, key=key), key)
+    bad = (
+        Bad(value, TypeError, ("must be an equinox.Module", f"got {type(value).__name__}"))
+        for value in (None, 3, {"kernel": struct(2, 3)}, eqx.nn.Linear)
+    )
+    return (
+        call(
+            "orthax.eqx.dimension_numbers",
+            orthax.eqx.dimension_numbers,
+            {"model": model},
+            model=Argument(tuple(bad)),
+            exclude=exclude(),
+            per_head=flag(),
+        ),
+    )
 
 
 BASES = ("dct", "dct3", "random", "hadamard", "columns", "svd", "subspace")
@@ -908,24 +950,19 @@ CALLS = (
         ),
         rank=integer("[1, 3]", none=True),
     ),
+    *of_equinox(),
     call(
         "orthax.nn.dimension_numbers",
         orthax.nn.dimension_numbers,
-        {"model": linear()},
+        {"model": attention()},
         model=Argument(
             tuple(
                 Bad(value, TypeError, ("must be a flax.nnx.Module", f"got {type(value).__name__}"))
                 for value in (None, 3, {"kernel": struct(2, 3)}, nnx.Linear)
             )
         ),
-        exclude=Argument(
-            wrong(3, [3], (None,), 1.5, says=("must be a regular expression",))
-            + tuple(
-                Bad(value, ValueError, (repr(value), "is no regular expression"))
-                for value in ("(", ["a", "["])
-            ),
-            (None, "a", re.compile("a"), ["a", re.compile("b")]),
-        ),
+        exclude=exclude(),
+        per_head=flag(),
     ),
 )
 
@@ -955,6 +992,14 @@ WITH_RANK = {
     "trion": functools.partial(orthax.trion, 0.1),
     "dct_adamw": functools.partial(orthax.dct_adamw, 0.1),
 }
+FILTER = "eqx.filter(model, eqx.is_inexact_array)"
+FUNCTIONS = (
+    Bad(jax.nn.relu, TypeError, ("is a function", FILTER)),  # what an Equinox MLP holds
+    Bad(jnp.tanh, TypeError, ("is a function", FILTER)),
+    Bad("relu", TypeError, ("is of type str", FILTER)),
+    Bad(False, TypeError, ("is of type bool", FILTER)),
+    Bad(jax.random.key(0), TypeError, ("key<fry>", FILTER)),
+)
 LEAVES = (
     Bad(struct(4), ValueError, ("shape (4,)", "two axes", "as_matrices")),
     Bad(struct(), ValueError, ("shape ()", "two axes", "as_matrices")),
@@ -963,6 +1008,7 @@ LEAVES = (
     Bad(struct(4, dtype=jnp.int32), TypeError, ("dtype int32", "floating")),
     Bad(1.0, TypeError, ("must be an array", "got float")),
     Bad("kernel", TypeError, ("must be an array", "got str")),
+    Bad(jax.nn.relu, TypeError, ("must be an array", FILTER)),
 )
 INTEGERS = (
     Bad(struct(3, 4, dtype=jnp.int32), TypeError, ("dtype int32", "floating")),
@@ -1047,13 +1093,14 @@ def later() -> list[Row]:
         decayed = make(0.1, weight_decay=0.25)
         words = ("weight_decay=0.25", "update needs params")
         add(name, "params", with_params(decayed), Bad(None, ValueError, words))
-        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, when="at init")
+        add(name, LEAF, at_init(make(0.1)), *INTEGERS, UNDECIDED, FUNCTIONS[0], when="at init")
     both = orthax.partition_matrices(optax.identity(), optax.identity())
     alone = orthax.as_matrices(optax.identity())
     vector = Bad(struct(4), ValueError, ("with shape (4,)", "not a matrix", "fewer than two axes"))
-    add("partition_matrices", LEAF, at_init(both), *INTEGERS, UNDECIDED, when="at init")
+    bad = *INTEGERS, *FUNCTIONS, UNDECIDED
+    add("partition_matrices", LEAF, at_init(both), *bad, when="at init")
     for when, run in {"at init": at_init(alone), "at update": at_update(alone)}.items():
-        add("as_matrices", LEAF, run, *INTEGERS, UNDECIDED, vector, when=when)
+        add("as_matrices", LEAF, run, *INTEGERS, FUNCTIONS[0], UNDECIDED, vector, when=when)
     sent = orthax.as_matrices(optax.identity(), orthax.PathRules((("dense", None),)))
     add("as_matrices", LEAF, at_update(sent), Bad(TALL, ValueError, ("not a matrix", "'dense'")))
     for name in ("partition_matrices: matrices", "partition_matrices: rest"):
@@ -1064,7 +1111,7 @@ def later() -> list[Row]:
             return orthax.partition_matrices(**{**parts, part: lambda leaves: found}).init(KERNELS)
 
         add(call, part, building, *wrong(3, None, says=("transformation",)), when="made")
-    add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS)
+    add("explain", LEAF, lambda leaf: orthax.explain(tree_of(leaf)), *INTEGERS, *FUNCTIONS)
 
     measures = (diagnostics.of_updates, diagnostics.of_params, diagnostics.of_both)
     for make in measures[1:]:
@@ -1075,6 +1122,7 @@ def later() -> list[Row]:
             LEAF,
             after_init(optax.monitor({"x": make(half_way)})),
             *INTEGERS,
+            FUNCTIONS[0],
             UNDECIDED,
         )
 
@@ -1127,6 +1175,8 @@ def later() -> list[Row]:
     for tx in (soft, orthax.add_penalty(by_rule, 1.0)):
         add("add_penalty", LEAF, after_init(tx), Bad(flat, ValueError, two_axes))
     add("add_penalty", LEAF, after_init(soft), Bad(whole, TypeError, integers))
+    for tx in (soft, orthax.add_penalty(orthax.PathRules(()), 1.0)):
+        add("add_penalty", LEAF, at_init(tx), FUNCTIONS[0], when="at init")
     add(
         "add_penalty",
         LEAF,

@@ -48,3 +48,9 @@ def says(*parts):
 def array_bytes(state):
     """Bytes of all leaves but the counters, which are scalars."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+
+
+def views(params, dimension_numbers=None):
+    """Path -> how each leaf is read: (fan-in, fan-out) behind its batch, or where it goes."""
+    rows = orthax.explain(params, dimension_numbers).rows
+    return {row.path: row.view or row.destination for row in rows}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from argument_cases import CALLS, ROWS, run_of, struct
+from argument_cases import CALLS, HAS_EQUINOX, ROWS, run_of, struct
 
 import orthax
 import orthax.nn
@@ -118,8 +118,8 @@ def test_injected_numbers_are_accepted(call):
 def public_calls():
     """What a message calls it, and the call: functions, classes and their methods."""
     modules = (orthax, linalg, coefficients, penalties, conv_penalties, diagnostics, orthax.nn)
-    for module in modules:
-        prefix = "orthax.nn." if module is orthax.nn else ""
+    for module in (*modules, *((orthax.eqx,) if HAS_EQUINOX else ())):
+        prefix = f"{module.__name__}." if module.__name__ in ("orthax.nn", "orthax.eqx") else ""
         for name in module.__all__:
             value = getattr(module, name)
             if not (callable(value) and value.__module__.startswith("orthax")):

@@ -1,4 +1,4 @@
-"""`import orthax` is cheap: no JAX backend, no Flax, little time."""
+"""`import orthax` is cheap: no JAX backend, no Flax, no Equinox, little time."""
 
 import json
 import statistics
@@ -38,10 +38,10 @@ def test_it_starts_no_backend(runs):
     assert not runs[0]["backend"]
 
 
-def test_it_does_not_import_flax_or_what_only_an_extra_brings(runs):
+def test_it_does_not_import_flax_equinox_or_what_only_an_extra_brings(runs):
     packages = {module.partition(".")[0] for module in runs[0]["modules"]}
-    assert not packages & {"flax", "orbax", "grain", "matplotlib", "tyro", "pytest"}
-    assert "orthax.nn" not in runs[0]["modules"]
+    assert not packages & {"flax", "equinox", "orbax", "grain", "matplotlib", "tyro", "pytest"}
+    assert not {"orthax.nn", "orthax.eqx"} & set(runs[0]["modules"])
 
 
 def test_it_adds_less_than_a_fifth_of_a_second_to_importing_optax(runs):

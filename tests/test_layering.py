@@ -1,6 +1,7 @@
 """The shape of the package: imports point inwards, files are short, public names are explained."""
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import pathlib
@@ -29,8 +30,9 @@ RINGS = {
     "orthax.transforms": (*FUNCTIONS, "orthax.matrices"),
     "orthax.optimizers": (*FUNCTIONS, "orthax.matrices", "orthax.transforms"),
     "orthax.nn": (*FUNCTIONS, "orthax.matrices", "flax"),
+    "orthax.eqx": (*FUNCTIONS, "orthax.matrices", "equinox"),
 }
-EVERY_RING = tuple(ring for ring in RINGS if ring != "orthax.nn")
+EVERY_RING = tuple(ring for ring in RINGS if ring not in ("orthax.nn", "orthax.eqx"))
 RINGS["orthax"] = EVERY_RING
 
 NAMESPACES = (
@@ -42,6 +44,8 @@ NAMESPACES = (
     orthax.diagnostics,
     orthax.nn,
 )
+if importlib.util.find_spec("equinox") is not None:  # not where the oldest versions are tested
+    NAMESPACES += (importlib.import_module("orthax.eqx"),)
 
 FILE_LINES = 300
 OPTIMIZER_LINES = 120
@@ -125,6 +129,9 @@ def test_nothing_private_of_another_package_is_used(module, file):
         ("orthax", "from orthax import nn as nn"),
         ("orthax", "import flax"),
         ("orthax.nn", "import chex"),
+        ("orthax.nn", "import equinox"),
+        ("orthax", "from orthax import eqx"),
+        ("orthax.eqx", "import orthax.nn"),
     ],
 )
 def test_an_outward_import_is_found(module, source):

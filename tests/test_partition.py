@@ -1,5 +1,7 @@
 """Which leaf is a matrix is decided once, over the whole tree, and handed to the chains."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +187,47 @@ def test_the_buffer_of_low_rank_is_not_rounded_to_the_dtype_of_the_gradients():
     expected = 0.99 * (1 - 0.99**200) / 0.01 * float(g["w"][0, 0])
     # Only the coordinates that inner sees are rounded, a hundredth of which decays.
     np.testing.assert_allclose(state.residuals["w"], expected, rtol=1e-3)
+
+
+# --- models that are trees and can be called, as Equinox modules are
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class CallableModel:
+    up: object
+    down: object
+
+    def __call__(self, x):
+        return x @ self.up @ self.down
+
+
+def callable_trees():
+    shapes = CallableModel(up=(6, 8), down=(8, 3))
+    return normal_tree(shapes), normal_tree(shapes, seed=1)
+
+
+def as_dict(model):
+    return {"up": model.up, "down": model.down}
+
+
+@every_optimizer
+def test_a_model_that_can_be_called_is_a_tree_of_params(optimizer):
+    params, gradients = callable_trees()
+    tx = optimizer(0.1, weight_decay=0.1, mask=CallableModel(up=True, down=False))
+    plain = optimizer(0.1, weight_decay=0.1, mask={"up": True, "down": False})
+    update = first_update(tx, params, gradients)
+    assert isinstance(update, CallableModel)
+    expected = first_update(plain, as_dict(params), as_dict(gradients))
+    assert_equal([update.up, update.down], [expected["up"], expected["down"]])
+
+
+def test_dimension_numbers_in_the_form_of_such_a_model_are_a_tree():
+    params, _ = callable_trees()
+    dims = CallableModel(up=MuonDimensionNumbers(1, 0), down=None)
+    rows = orthax.explain(params, dims).rows
+    assert [(row.path, row.view) for row in rows] == [("up", "(8, 6)"), ("down", "")]
+    nothing = CallableModel(up=None, down=None)
+    assert {row.destination for row in orthax.explain(params, nothing).rows} == {"fallback"}
+    chosen = orthax.explain(params, lambda tree: dims).rows
+    assert [row.view for row in chosen] == ["(8, 6)", ""]

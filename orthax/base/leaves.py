@@ -82,10 +82,37 @@ def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.in
         raise ValueError(f"{call}: {has}; matrices need at least two axes.")
 
 
+def check_param(call: str, path: str, x: Any) -> None:
+    """Raises a `TypeError` if a leaf of params is no number: a function, a word, a random key."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None:
+        if not jnp.issubdtype(dtype, jax.dtypes.extended):
+            return
+        what = f"has dtype {dtype}"
+    elif hasattr(x, "__jax_array__") or (np.isscalar(x) and not isinstance(x, (str, bytes, bool))):
+        return
+    else:
+        what = "is a function" if callable(x) else f"is of type {type(x).__name__}"
+    raise TypeError(f"{call}: '{path}' {what}; params are arrays only. {_FILTER}")
+
+
+# Equinox models are trees that hold activation functions and flags beside arrays.
+_FILTER = "Of an Equinox model, pass eqx.filter(model, eqx.is_inexact_array)."
+
+
+def given_for(given: Any, tree: Any) -> Any:
+    """What a user gave for a tree: a tree in its form, a value, or what a function makes of it.
+
+    A tree can be a model that is called, as in Equinox; then what has its form can be called too.
+    """
+    return given(tree) if callable(given) and type(given) is not type(tree) else given
+
+
 def check_array(call: str, x: Any, argument: str, *, kind: Any = jnp.inexact) -> None:
     """Raises a `TypeError` unless `x` is a floating array (of a kind), or the shape of one."""
     if not isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        raise TypeError(f"{call}: {argument} must be an array, got {type(x).__name__}.")
+        hint = f" {_FILTER}" if callable(x) else ""
+        raise TypeError(f"{call}: {argument} must be an array, got {type(x).__name__}.{hint}")
     if not jnp.issubdtype(x.dtype, kind):
         accepted = "real or complex floating" if kind is jnp.inexact else "real floating"
         raise TypeError(f"{call}: {argument} has dtype {x.dtype}; it must be {accepted}.")

@@ -14,7 +14,15 @@ import numpy as np
 import optax
 
 from orthax.base import check
-from orthax.base.leaves import Path, is_masked, joined, keep_dtypes, path_of
+from orthax.base.leaves import (
+    Path,
+    check_param,
+    given_for,
+    is_masked,
+    joined,
+    keep_dtypes,
+    path_of,
+)
 from orthax.matrices.default_rule import Undecided, default_rule
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
@@ -64,7 +72,7 @@ class DecidedLeaves:
         """`optax.masked`, but a callable mask sees the whole tree, not only one chain's leaves."""
         if mask is None:
             return inner
-        return optax.masked(inner, (lambda _: mask(self.tree)) if callable(mask) else mask)
+        return optax.masked(inner, lambda _: given_for(mask, self.tree))
 
 
 Build: TypeAlias = Callable[[DecidedLeaves], optax.GradientTransformation]
@@ -93,7 +101,7 @@ def as_matrices(
     Raises:
       ValueError: At `init` or `update`, for a leaf that its dimension numbers do not call a matrix,
         or whose names leave its axes undecided; it names the leaf.
-      TypeError: For an integer leaf.
+      TypeError: For an integer leaf, or one that is no array.
 
     Example:
       >>> import jax.numpy as jnp, optax, orthax
@@ -182,7 +190,8 @@ def partition(
         for name, chain in chains.items():
             if not hasattr(chain, "update"):
                 check.transformation(f"{call}: what {name} returns", chain)
-        both = optax.partition(chains, structure.unflatten(labels))
+        # A function, as labels in the form of a model that can be called would be taken for one.
+        both = optax.partition(chains, lambda _: structure.unflatten(labels))
         return keep_dtypes(both) if built else both
 
     return _built_for_each_tree(parts)
@@ -251,12 +260,15 @@ def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = Fals
     bias of a kernel, itself no matrix, may tell which axes are outputs.
 
     The tree is of arrays or `ShapeDtypeStruct`s; `dimension_numbers` are as in `as_matrices`. A
-    matrix that is not floating raises a `TypeError`; an undecided leaf, axes that do not fit and a
-    wrong tree a `ValueError`. With `report` an undecided leaf is listed instead, without a view.
+    leaf that is no array and a matrix that is not floating raise a `TypeError`; an undecided leaf,
+    axes that do not fit and a wrong tree a `ValueError`. With `report` an undecided leaf is listed
+    instead, without a view.
     """
     keyed = jax.tree_util.tree_leaves_with_path(tree)
     paths, values = [path_of(keys) for keys, _ in keyed], [value for _, value in keyed]
     names = list(map(joined, paths))
+    for name, value in zip(names, values, strict=True):
+        check_param(call, name, value)
     chosen = [(..., "")] * len(names)  # `...`: no rule of the user's, so names and shapes decide
     if dimension_numbers is not None and names:
         chosen = chosen_values(call, tree, names, dimension_numbers)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from orthax.base.leaves import is_masked
+from orthax.base.leaves import given_for, is_masked
 from orthax.matrices.view import DimensionNumbers, Packed
 
 
@@ -68,10 +68,8 @@ def chosen_values(
     """Returns for each leaf its dimension numbers and the reason; `...` for the default rule."""
     if isinstance(dimension_numbers, PathRules):
         return [dimension_numbers.lookup(name) for name in names]
-    if callable(dimension_numbers):
-        dimension_numbers, origin = dimension_numbers(tree), "the callable"
-    else:
-        origin = "the given value"
+    given, dimension_numbers = dimension_numbers, given_for(dimension_numbers, tree)
+    origin = "the given value" if given is dimension_numbers else "the callable"
     chosen = []
 
     def spread(dims: Any, subtree: Any) -> None:

@@ -4,16 +4,18 @@ A layer's type and its feature counts say what its kernel is in one layer; axes 
 stacked layers (`nnx.vmap`, `nnx.scan`) and count matrices.
 """
 
-import itertools
+import functools
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import nnx
 
+from orthax.base import check
 from orthax.matrices.default_rule import output_head
+from orthax.matrices.layer_layout import Layout, excluded_patterns, place
 from orthax.matrices.path_rules import PathRules
-from orthax.matrices.view import DimensionNumbers, Packed
 from orthax.nn.householder_linear import HouseholderLinear
 
 _CALL = "orthax.nn.dimension_numbers"
@@ -21,6 +23,7 @@ _KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Eins
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
 if hasattr(nnx, "InstanceNorm"):
     _NORMS += (nnx.InstanceNorm,)
+_HEADS_OF = ("query", "key", "value")
 _NEVER = (
     (_KERNELS, ("bias",)),
     (_NORMS, ("scale", "bias")),
@@ -33,6 +36,8 @@ _NEVER = (
 def dimension_numbers(
     model: nnx.Module,
     exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None,
+    *,
+    per_head: bool = False,
 ) -> PathRules:
     """Tells which parameters of a Flax NNX model are matrices, and how, by module types.
 
@@ -47,15 +52,20 @@ def dimension_numbers(
       model: The model, with arrays or `jax.ShapeDtypeStruct`s (`nnx.eval_shape`) inside.
       exclude: Regular expression, or several, of paths such as `blocks/0/mlp/up/kernel` that go to
         the fallback too (`re.search`).
+      per_head: Whether each head of query, key and value is a matrix of its own, (features, size),
+        as in Kimi's and torchtitan's Muon; the heads are a batch axis. That is so for
+        MultiHeadAttention and for every LinearGeneral of two output features called `query`, `key`
+        or `value`; it warns if there is none. Heads in a Linear kernel need a rule, such as
+        `orthax.Packed(MuonDimensionNumbers(0, 1), axis=1, sections=heads)`.
 
     Returns:
       Rules with one exact path per parameter, as `nnx.state(model)` shows it, and the default rule
       for all others. Axes of stacked layers are batch axes: the first, unless sizes say otherwise.
 
     Raises:
-      TypeError: For a model that is not an `nnx.Module`, or `exclude` of another type. ValueError:
-        for a kernel whose shape is not that of its module with stacked axes, one that modules read
-        differently, or `exclude` that is no regular expression.
+      TypeError: For a model that is not an `nnx.Module`, or another argument of a wrong type.
+      ValueError: For a kernel whose shape is not that of its module with stacked axes, one that
+        modules read differently, or `exclude` that is no regular expression.
 
     Example:
       >>> import orthax, orthax.nn
@@ -75,18 +85,29 @@ def dimension_numbers(
     # A parameter can belong to several modules (tied weights), under one path: it is read once, and
     # as all of its owners do. Recurrent cells hold plain Linear layers, whose kernels have the
     # gates side by side; only the cell knows how many.
-    excluded = _excluded_patterns(exclude)
+    excluded = excluded_patterns(_CALL, exclude)
     nodes = list(nnx.iter_graph(model))
+    check.flag(f"{_CALL}: per_head", per_head)
     owners: dict[int, list[tuple[nnx.Module, str]]] = {}
+    with_heads: set[int] = set()
     gates: dict[int, int] = {}
     for _, node in nodes:
         if isinstance(node, nnx.Module):
             for name, child in vars(node).items():
                 if isinstance(child, nnx.Variable):
                     owners.setdefault(id(child), []).append((node, name))
+                elif per_head and name in _HEADS_OF and _has_heads(child):
+                    with_heads.add(id(child))
         if isinstance(node, nnx.OptimizedLSTMCell | nnx.GRUCell):
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
+    if per_head and not with_heads:
+        warnings.warn(
+            f"{_CALL}: per_head=True, but no LinearGeneral of two output features (heads, size) is "
+            "called query, key or value. For other layers write a rule with orthax.Packed.",
+            stacklevel=2,
+        )
+    read = functools.partial(_layout, gates=gates, with_heads=with_heads)
 
     # Exclusions come first, as the first rule decides. Paths are escaped: a rule per parameter.
     rules: list[tuple[str | re.Pattern[str], Any]] = [(pattern, None) for pattern in excluded]
@@ -96,31 +117,17 @@ def dimension_numbers(
         if id(node) not in owners or any(re.search(pattern, path) for pattern in excluded):
             continue
         head = output_head(parts) is not None
-        dims = None if head else _read_shared(path, node, owners[id(node)], gates)
+        dims = None if head else _read_shared(path, node, owners[id(node)], read)
         if dims is not ...:
             rules.append((f"^{re.escape(path)}$", dims))
     return PathRules(tuple(rules))
 
 
-def _excluded_patterns(exclude: Any) -> tuple[str | re.Pattern[str], ...]:
-    single = isinstance(exclude, str | re.Pattern)
-    try:
-        patterns = (exclude,) if single else () if exclude is None else tuple(exclude)
-        for pattern in patterns:
-            re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{_CALL}: exclude={exclude!r} is no regular expression: {error}."
-        ) from None
-    except TypeError:
-        raise TypeError(
-            f"{_CALL}: exclude must be a regular expression or a sequence of them, got {exclude!r}."
-        ) from None
-    return patterns
-
-
 def _read_shared(
-    path: str, parameter: Any, owners: list[tuple[nnx.Module, str]], gates: dict[int, int]
+    path: str,
+    parameter: Any,
+    owners: list[tuple[nnx.Module, str]],
+    read: Callable[[str, nnx.Module, str], Layout | None],
 ) -> Any:
     """Reads a parameter as its owners do: dimension numbers, None, or `...` if they are unknown."""
     for module, name in owners:
@@ -129,10 +136,13 @@ def _read_shared(
     # Distinct readings of one parameter are keys of a dict: more than one is a contradiction.
     readings: dict[Any, str] = {}
     for module, name in owners:
-        layout = _layout(path, module, name, gates.get(id(module), 1))
+        layout = read(path, module, name)
         if layout is not None:
-            dims = _place(path, tuple(parameter.shape), module, layout)
-            readings[dims] = type(module).__name__
+            bias = getattr(module, "bias", None)
+            bias = None if bias is None else tuple(bias.shape)
+            shape, kind = tuple(parameter.shape), type(module).__name__
+            dims = place(f"{_CALL}: '{path}'", shape, bias, kind, layout, _advice(path))
+            readings[dims] = kind
     if len(readings) > 1:
         raise ValueError(
             f"{_CALL}: '{path}' has shape {tuple(parameter.shape)} and is shared by modules that "
@@ -141,37 +151,29 @@ def _read_shared(
     return next(iter(readings), ...)
 
 
-class _Layout(NamedTuple):
-    """How one layer reads its kernel: shapes without stacked axes, and axes of `shape`.
-
-    `sections` are matrices along the last output axis; depthwise kernels have no matrix.
-    """
-
-    shape: tuple[int, ...]
-    reduction: tuple[int, ...]
-    output: tuple[int, ...]
-    sections: int = 1
-    bias: tuple[int, ...] = ()
-    has_matrix: bool = True
+def _has_heads(child: Any) -> bool:
+    return isinstance(child, nnx.LinearGeneral) and len(child.out_features) == 2
 
 
-def _layout(path: str, module: nnx.Module, name: str, gates: int) -> _Layout | None:
+def _layout(
+    path: str, module: nnx.Module, name: str, gates: dict[int, int], with_heads: set[int]
+) -> Layout | None:
     if isinstance(module, nnx.LoRA):
         if name == "lora_a":
-            return _Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
+            return Layout((module.in_features, module.lora_b.shape[-2]), (0,), (1,))
         if name == "lora_b":
-            return _Layout((module.lora_a.shape[-1], module.out_features), (0,), (1,))
+            return Layout((module.lora_a.shape[-1], module.out_features), (0,), (1,))
     if name != "kernel":
         return None
     if isinstance(module, nnx.Linear):
         shape = (module.in_features, module.out_features)
-        return _Layout(shape, (0,), (1,), gates, (module.out_features,))
+        return Layout(shape, (0,), (1,), gates.get(id(module), 1), (module.out_features,))
     if isinstance(module, nnx.LinearGeneral):
         batch = tuple(module.batch_axis.values())
         start, end = len(batch), len(batch) + len(module.in_features)
         shape = (*batch, *module.in_features, *module.out_features)
-        outputs = tuple(range(end, len(shape)))
-        return _Layout(shape, tuple(range(start, end)), outputs, 1, batch + module.out_features)
+        outputs = tuple(range(end + (id(module) in with_heads), len(shape)))
+        return Layout(shape, tuple(range(start, end)), outputs, 1, batch + module.out_features)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
         return _convolution(module)
     if isinstance(module, nnx.Einsum):
@@ -179,20 +181,20 @@ def _layout(path: str, module: nnx.Module, name: str, gates: int) -> _Layout | N
     return None
 
 
-def _convolution(module: nnx.Conv | nnx.ConvTranspose) -> _Layout:
+def _convolution(module: nnx.Conv | nnx.ConvTranspose) -> Layout:
     groups = getattr(module, "feature_group_count", 1)
     window, bias = tuple(module.kernel_size), (module.out_features,)
     axes = tuple(range(len(window) + 2))
     # Every output reads a whole window: spatial axes are summed over, like the input channels.
     if getattr(module, "transpose_kernel", False):
         shape = (*window, module.out_features, module.in_features)
-        return _Layout(shape, axes[:-2] + axes[-1:], axes[-2:-1], 1, bias)
+        return Layout(shape, axes[:-2] + axes[-1:], axes[-2:-1], 1, bias)
     shape = (*window, module.in_features // groups, module.out_features)
     depthwise = groups > 1 and groups == module.out_features
-    return _Layout(shape, axes[:-1], axes[-1:], groups, bias, not depthwise)
+    return Layout(shape, axes[:-1], axes[-1:], groups, bias, not depthwise)
 
 
-def _einsum(path: str, module: nnx.Einsum) -> _Layout:
+def _einsum(path: str, module: nnx.Einsum) -> Layout:
     """Reads `inputs,kernel->result`: labels that inputs and result both have are batch axes."""
     operands, _, result = (module.einsum_str or "").partition("->")
     inputs, _, labels = operands.partition(",")
@@ -206,49 +208,7 @@ def _einsum(path: str, module: nnx.Einsum) -> _Layout:
     reduction = tuple(axis for axis, label in enumerate(labels) if label not in result)
     output = tuple(a for a, label in enumerate(labels) if label in result and label not in inputs)
     bias = tuple(module.bias_shape or ())
-    return _Layout(tuple(module.kernel_shape), reduction, output, 1, bias)
-
-
-def _place(
-    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
-) -> DimensionNumbers | Packed | None:
-    """Turns axes of one layer into axes of the parameter, which may hold a stack of layers."""
-    if not (layout.has_matrix and layout.reduction and layout.output):
-        return None
-    # `kept` numbers the axes of the parameter as the layer alone would have them.
-    stack = _stacked_axes(path, shape, module, layout)
-    kept = [axis for axis in range(len(shape)) if axis not in stack]
-    reduction = tuple(kept[axis] for axis in layout.reduction)
-    output = tuple(kept[axis] for axis in layout.output)
-    dims = DimensionNumbers(reduction, output)
-    return dims if layout.sections == 1 else Packed(dims, output[-1], layout.sections)
-
-
-def _stacked_axes(
-    path: str, shape: tuple[int, ...], module: nnx.Module, layout: _Layout
-) -> tuple[int, ...]:
-    """Returns the axes without which the shape is that of a single layer."""
-    rank, extra = len(shape), len(shape) - len(layout.shape)
-    fits = [
-        axes
-        for axes in itertools.combinations(range(rank), max(extra, 0))
-        if tuple(shape[axis] for axis in range(rank) if axis not in axes) == layout.shape
-    ]
-    # Several choices fit where the stack is as large as a feature axis. Stacks usually lead; the
-    # bias, which has the same stacked axes, tells where they do not.
-    if len(fits) == 1:
-        return fits[0]
-    bias = getattr(module, "bias", None)
-    leading = tuple(range(extra))
-    if leading in fits and (bias is None or tuple(bias.shape) == shape[:extra] + layout.bias):
-        return leading
-    elsewhere = [axes for axes in fits if axes != leading]
-    if len(elsewhere) == 1:
-        return elsewhere[0]
-    raise ValueError(
-        f"{_CALL}: '{path}' has shape {shape}, but one {type(module).__name__} has a kernel of "
-        f"shape {layout.shape}; which axes are a stack cannot be told. {_advice(path)}"
-    )
+    return Layout(tuple(module.kernel_shape), reduction, output, 1, bias)
 
 
 def _advice(path: str) -> str:

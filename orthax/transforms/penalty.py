@@ -11,6 +11,7 @@ from jax.tree_util import KeyPath
 
 from orthax.base import check
 from orthax.base.leaves import (
+    check_param,
     check_params,
     explicit_sharding,
     laid_out,
@@ -91,6 +92,7 @@ def add_penalty(
     def init(params: optax.Params) -> AddPenaltyState:
         def memory(keys: KeyPath, leaf: Any) -> Any:
             path, value = penalty_of(keys)
+            check_param(_CALL, path, leaf)
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
             first = _naming(path, value.init, leaf)

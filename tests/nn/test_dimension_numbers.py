@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -18,10 +19,10 @@ def abstract(make):
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
-def readings(model, exclude=None, state=None):
+def readings(model, exclude=None, state=None, per_head=False):
     """Path -> the view that a parameter gets, or its destination if it is no matrix."""
     state = nnx.state(model, nnx.Param) if state is None else state
-    rows = orthax.explain(state, dimension_numbers(model, exclude)).rows
+    rows = orthax.explain(state, dimension_numbers(model, exclude, per_head=per_head)).rows
     return {row.path: row.view or row.destination for row in rows}
 
 
@@ -425,6 +426,65 @@ def test_shared_modules_have_the_path_that_the_state_shows():
 def test_a_parameter_that_modules_read_differently_raises_and_names_itself():
     with pytest.raises(ValueError, match=r"dimension_numbers: 'one/kernel' .* shared by .*Einsum"):
         dimension_numbers(abstract(Disagreeing))
+
+
+# --- one matrix per head
+
+
+class OwnAttention(nnx.Module):
+    """Grouped-query attention as users write it, and a fused projection, which has no heads."""
+
+    def __init__(self, rngs):
+        self.query = nnx.LinearGeneral(8, (4, 3), rngs=rngs)
+        self.key = nnx.LinearGeneral(8, (2, 3), rngs=rngs)
+        self.value = nnx.LinearGeneral(8, (2, 5), use_bias=False, rngs=rngs)
+        self.out = nnx.LinearGeneral((4, 5), 8, axis=(-2, -1), rngs=rngs)
+        self.up = nnx.LinearGeneral(8, (4, 3), use_bias=False, rngs=rngs)
+
+
+def heads_of(make):
+    model = abstract(make)
+    kernels = {p: v for p, v in readings(model, per_head=True).items() if p.endswith("kernel")}
+    return {path.removesuffix("/kernel"): view for path, view in kernels.items()}
+
+
+def test_per_head_every_head_of_query_key_and_value_is_a_matrix():
+    # (features, heads, size): matrices (features, size), one per head.
+    def attention(rngs):
+        return nnx.MultiHeadAttention(2, 8, qkv_features=6, decode=False, rngs=rngs)
+
+    each, out = "(2, 8, 3)", "(6, 8)"
+    assert heads_of(attention) == {"key": each, "out": out, "query": each, "value": each}
+    each, out = "(7, 2, 8, 3)", "(7, 6, 8)"
+    stack = heads_of(stacked(attention, 7))
+    assert stack == {"key": each, "out": out, "query": each, "value": each}
+    assert heads_of(OwnAttention) == {
+        "query": "(4, 8, 3)",
+        "key": "(2, 8, 3)",
+        "value": "(2, 8, 5)",
+        "out": "(20, 8)",
+        "up": "(8, 12)",
+    }
+
+
+def test_per_head_orthogonalises_each_head_alone():
+    model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rules = dimension_numbers(model, per_head=True)
+    tx = orthax.partition_matrices(
+        lambda leaves: leaves(orthax.orthogonalize(accuracy="exact")), optax.set_to_zero(), rules
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    for head in range(2):
+        w = np.asarray(params["query"]["kernel"], np.float64)[:, head]
+        u, _, vt = np.linalg.svd(w, full_matrices=False)
+        np.testing.assert_allclose(updates["query"]["kernel"][:, head], u @ vt, atol=0.1)
+
+
+def test_per_head_without_heads_warns():
+    model = abstract(lambda r: nnx.Dict(query=nnx.Linear(4, 6, rngs=r)))
+    with pytest.warns(UserWarning, match="dimension_numbers: per_head=True, but no .* query"):
+        dimension_numbers(model, per_head=True)
 
 
 # --- heads, exclusions, unknown modules
