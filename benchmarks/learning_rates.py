@@ -186,7 +186,7 @@ def trained(problem: Problem, make: Callable[[Any], optax.GradientTransformation
             return (optax.apply_updates(params, updates), state), None
 
         start = (problem.params, optimizer.init(problem.params))
-        (params, _), _ = jax.lax.scan(step, start, order)
+        (params, _), _ = jax.lax.scan(step, start, jnp.asarray(order))
         return problem.loss_of(params, problem.select), problem.loss_of(params, problem.report)
 
     return losses

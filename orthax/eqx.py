@@ -16,9 +16,9 @@ from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from orthax.base import check
 from orthax.base.leaves import path_of, path_text
-from orthax.matrices.default_rule import output_head
 from orthax.matrices.layer_layout import Layout, excluded_patterns
 from orthax.matrices.layer_layout import place as stacked
+from orthax.matrices.names import output_head
 from orthax.matrices.view import DimensionNumbers, Packed
 
 __all__ = ["dimension_numbers"]

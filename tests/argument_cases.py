@@ -636,6 +636,7 @@ CALLS = (
             + outside((("(", None),), (("a", 1, 2),), (("a",),), says=("must be pairs",)),
             ((), ((re.compile("a"), 1),), [("a", None)]),
         ),
+        strict=flag(),
     ),
     call(
         "PathRules.lookup",

@@ -1,5 +1,9 @@
 """Which leaves the default rule calls matrices. Every expectation is written by hand."""
 
+import re
+
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -182,9 +186,11 @@ def test_boxed_linen_params_are_read_like_plain_ones():
     }
 
 
-def test_a_linen_einsum_of_three_axes_is_undecided():
+def test_a_linen_einsum_of_three_axes_is_undecided_unless_a_bias_tells():
     params = linen_params(nn.Sequential([nn.Einsum((8, 2, 3), "btd,dhk->bthk")]), zeros(1, 5, 8))
-    assert readings(params) == {"layers_0/bias": "fallback", "layers_0/kernel": "undecided"}
+    assert readings(params) == {"layers_0/bias": "fallback", "layers_0/kernel": "(8, 6)"}
+    del params["layers_0"]["bias"]
+    assert readings(params) == {"layers_0/kernel": "undecided"}
     assert readings(shapes({"Einsum_0": {"kernel": (8, 2, 3)}})) == {"Einsum_0/kernel": "undecided"}
 
 
@@ -266,24 +272,65 @@ def vmapped_linear(rngs):
     return make(rngs)
 
 
+def state_of(layer, name="mix"):
+    model = nnx.eval_shape(lambda: nnx.Dict({name: layer(nnx.Rngs(0))}))
+    return nnx.state(model, nnx.Param)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (lambda rngs: nnx.Conv(8, 4, (5,), rngs=rngs), "(40, 4)"),
+        (lambda rngs: nnx.Conv(1, 16, (3, 3), rngs=rngs), "(9, 16)"),
+        (lambda rngs: nnx.ConvTranspose(8, 4, (3, 3), transpose_kernel=True, rngs=rngs), "(72, 4)"),
+        (vmapped_linear, "(3, 8, 4)"),
+        (lambda rngs: nnx.LinearGeneral(8, (2, 3), rngs=rngs), "(8, 6)"),
+        (lambda rngs: nnx.LinearGeneral((2, 3), 8, axis=(-2, -1), rngs=rngs), "(6, 8)"),
+    ],
+)
+def test_the_bias_of_an_nnx_layer_of_any_name_tells_its_outputs(layer, expected):
+    found = readings(state_of(layer))
+    assert found == {"mix/kernel": expected, "mix/bias": "fallback"}
+
+
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda rngs: nnx.Conv(8, 4, (5,), rngs=rngs),
-        vmapped_linear,
-        lambda rngs: nnx.LinearGeneral(8, (2, 3), rngs=rngs),
+        lambda rngs: nnx.Conv(8, 4, (5,), use_bias=False, rngs=rngs),
+        lambda rngs: nnx.Conv(1, 16, (3, 3), use_bias=False, rngs=rngs),
+        lambda rngs: nnx.LinearGeneral(8, (2, 3), use_bias=False, rngs=rngs),
         lambda rngs: nnx.Einsum("btd,dhk->bthk", (8, 2, 3), rngs=rngs),
     ],
-    ids=["1-D convolution", "vmapped Linear", "LinearGeneral", "Einsum"],
+    ids=["1-D convolution", "2-D convolution", "LinearGeneral", "Einsum"],
 )
-def test_nnx_layers_that_names_do_not_tell_apart_raise_and_name_leaf_and_remedy(layer):
-    model = nnx.eval_shape(lambda: nnx.Dict(mix=layer(nnx.Rngs(0))))
+def test_nnx_layers_that_nothing_tells_apart_raise_and_name_leaf_and_remedy(layer):
     message = (
-        r"muon: 'mix/kernel' has shape \(\d, \d, \d\).*neither names nor shapes"
-        r".*orthax\.nn\.dimension_numbers\(model\).*orthax\.PathRules\(\(\(r'mix/kernel'"
+        r"muon: 'mix/kernel' has shape \(\d, \d, \d.*neither names nor shapes"
+        r".*orthax\.nn\.dimension_numbers\(model\).*orthax\.eqx\.dimension_numbers\(model\)"
+        r".*Linen.*orthax\.PathRules\(\(\(r'mix/kernel'"
     )
     with pytest.raises(ValueError, match=message):
-        orthax.muon(1e-3).init(nnx.state(model, nnx.Param))
+        orthax.muon(1e-3).init(state_of(layer))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "view"),
+    [
+        ("c1/kernel", (3, 3, 1, 16), "(9, 16)"),
+        ("c1/kernel", (5, 4, 8), "(20, 8)"),
+        ("up/weight", (8, 8), "(8, 8)"),
+        ("c.1/weight", (16, 2, 3, 3), "(18, 16)"),
+    ],
+)
+def test_the_error_prints_a_rule_that_can_be_pasted(path, shape, view):
+    params = nested(path, shape)
+    with pytest.raises(ValueError) as error:
+        orthax.muon(1e-3).init(params)
+    (rules,) = re.findall(r"orthax\.PathRules\(.*?\),\)\)", str(error.value))
+    (row,) = orthax.explain(params, eval(rules)).rows
+    assert row.view == view
+    if path == "c1/kernel" and len(shape) == 4:
+        assert "MuonDimensionNumbers((0, 1, 2), 3)" in rules
 
 
 # --- one leaf at a time
@@ -320,15 +367,294 @@ def test_embeddings_are_never_matrices(path):
     assert readings(nested(path, (20, 8))) == {path: "fallback"}
 
 
-@pytest.mark.parametrize("name", ["lm_head", "head", "logits", "classifier"])
-def test_output_heads_go_to_the_fallback_wherever_they_are(name):
+def decided(path, shape=(8, 20)):
+    (row,) = orthax.explain(nested(path, shape)).rows
+    return row.destination, row.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("lm_head", "lm_head"),
+        ("head", "head"),
+        ("logits", "logits"),
+        ("classifier", "classifier"),
+        ("logits_dense", "logits"),
+        ("mlp_head", "head"),
+        ("heads", "heads"),
+        ("heads_0", "heads"),
+        ("head_1", "head"),
+        ("unembed", "unembed"),
+        ("to_logits", "logits"),
+        ("qa_outputs", "qa_outputs"),
+        ("policy_head", "head"),
+        ("value_head", "head"),
+        ("output_head", "head"),
+        ("LMHead_0", "lm_head"),
+        ("ValueHead_2", "head"),
+        ("head_proj", "head"),
+        ("head-linear", "head"),
+        ("headDense", "head"),
+        ("classifier_dense", "classifier"),
+        ("output_projection_head", "head"),
+        ("multi_task_logits", "logits"),
+    ],
+)
+def test_output_heads_go_to_the_fallback_wherever_they_are(name, word):
     for path in (f"{name}/kernel", f"decoder/{name}/Dense_0/kernel", name):
-        assert readings(nested(path, (8, 20))) == {path: "fallback"}
+        destination, reason = decided(path)
+        assert destination == "fallback"
+        assert reason.startswith(f"output head '{word}'")
+    # Haiku's keys hold slashes, and Keras's are whole paths.
+    haiku = shapes({f"decoder/~/{name}": {"w": (8, 20)}})
+    keras = shapes({f"decoder/{name}/kernel": (8, 20)})
+    assert set(readings(haiku).values()) == set(readings(keras).values()) == {"fallback"}
 
 
-@pytest.mark.parametrize("path", ["heads/kernel", "ahead/kernel", "head_proj/kernel"])
-def test_names_that_only_contain_head_are_matrices(path):
-    assert readings(nested(path, (8, 20))) == {path: "(8, 20)"}
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ahead",
+        "head_mixing",
+        "attention_heads_mixing",
+        "attention_head",
+        "num_heads",
+        "multi_head",
+        "MultiHeadDotProductAttention_0",
+        "multi_head_attention/proj",
+        "MultiHead_0",
+        "header",
+    ],
+)
+def test_names_that_speak_of_other_heads_are_matrices(name):
+    for path in (f"{name}/kernel", name):
+        assert readings(nested(path, (8, 20))) == {path: "(8, 20)"}
+    assert readings(shapes({name: {"w": (8, 20)}})) == {f"{name}/w": "(8, 20)"}
+
+
+@pytest.mark.parametrize("path", ["patch_embed/proj", "time_embedding/linear_1"])
+def test_layers_of_a_module_of_embeddings_are_matrices(path):
+    for leaf in (path, f"{path}/kernel"):
+        assert readings(nested(leaf, (8, 20))) == {leaf: "(8, 20)"}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [("pos", (16, 8)), ("pos_embed", (1, 16, 8)), ("positions", (16, 8)), ("pos_enc/w", (16, 8))],
+)
+def test_embeddings_of_positions_are_embeddings(path, shape):
+    assert decided(path, shape) == ("fallback", "embedding")
+    assert decided("pos_proj/kernel", (16, 8))[0] == "matrices"
+
+
+# --- weights whose outputs come first: Equinox, haliax, torch
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "expected"),
+    [
+        ((4, 9), (4,), "(9, 4)"),
+        ((9, 4), (4,), "(9, 4)"),
+        ((4, 9), None, "undecided"),
+        ((4, 4), (4,), "undecided"),
+        ((4, 9), (3,), "undecided"),
+        ((4, 9), (4, 9), "fallback"),  # a LayerNorm
+        ((1, 9), (1,), "(9, 1)"),
+        ((1, 9), None, "fallback"),
+        ((16, 1, 3, 3), (16, 1, 1), "(9, 16)"),  # Equinox's Conv2d
+        ((16, 8, 1, 1), (16, 1, 1), "(8, 16)"),
+        ((16, 1, 3, 3), (16,), "(9, 16)"),  # torch's
+        ((16, 16, 3, 3), (16,), "(144, 16)"),
+        ((16, 8, 16), (16,), "undecided"),
+        ((3, 3, 1, 16), (16,), "(9, 16)"),
+        ((5, 16, 2, 3, 3), (5, 16, 1, 1), "(5, 18, 16)"),  # a stack of Equinox's Conv2d
+        ((16, 1, 5), (16, 1), "undecided"),  # one Conv1d, or sixteen Linear(5, 1)
+        ((5, 4, 9), (5, 4), "undecided"),  # five Linear(9, 4), or one to (5, 4)
+        ((2, 3, 9), (9,), "(6, 9)"),
+        ((4, 9, 3), (9,), "(12, 9)"),  # the only axis of that size
+    ],
+)
+def test_the_bias_beside_a_weight_tells_where_its_outputs_are(weight, bias, expected):
+    layer = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    for parent in ("up", "layers.0.up"):
+        assert readings(shapes({parent: layer}))[f"{parent}/weight"] == expected
+
+
+def test_layers_beside_a_weight_tell_whether_it_is_stacked():
+    layer = {"weight": (5, 4, 9), "bias": (5, 4)}
+    for scale, expected in {(5, 9): "(5, 9, 4)", (9,): "(9, 20)"}.items():
+        found = readings(shapes({"layers": {"up": layer, "norm": {"scale": scale}}}))
+        assert found["layers/up/weight"] == expected
+
+
+@pytest.mark.parametrize("name", ["deconv", "conv_transpose"])
+def test_a_transposed_weight_is_read_by_its_bias_only(name):
+    for weight, expected in {(8, 4, 3, 3): "(72, 4)", (4, 4, 3, 3): "undecided"}.items():
+        found = readings(shapes({name: {"weight": weight, "bias": (4,)}}))
+        assert found[f"{name}/weight"] == expected
+
+
+@pytest.mark.parametrize(
+    ("flat", "expected"),
+    [
+        ({"weight_ih": (12, 5), "bias": (12,)}, "(5, 12)"),
+        ({"in_proj_weight": (12, 5), "in_proj_bias": (12,), "bias": (5,)}, "(5, 12)"),
+        ({"weight_hh": (12, 12), "bias": (12,)}, "undecided"),
+        ({"kernel": (4, 9), "bias": (4,)}, "(4, 9)"),  # as in Flax, whatever the bias
+        ({"w": (4, 9), "b": (9,)}, "(4, 9)"),
+        ({"w": (4, 9)}, "(4, 9)"),
+        ({"w": (9, 9), "b": (9,)}, "(9, 9)"),
+        ({"w": (4, 9), "b": (4,)}, "(9, 4)"),
+        ({"w_up": (4, 9), "b_up": (4,)}, "(9, 4)"),
+        ({"w": (3, 3, 1, 16), "b": (16,)}, "(9, 16)"),  # Haiku's Conv2D
+    ],
+)
+def test_weights_of_other_names_find_their_bias(flat, expected):
+    assert next(reversed(readings(shapes({"up": flat})).values())) == expected
+
+
+def test_equinox_models_are_read_where_biases_decide():
+    key = jax.random.key(0)
+    layers = [
+        eqx.nn.Linear(5, 4, key=key),
+        eqx.nn.Conv2d(1, 16, 3, key=key),
+        eqx.nn.ConvTranspose2d(2, 16, 3, key=key),
+        eqx.nn.GRUCell(3, 4, key=key),
+        eqx.nn.LayerNorm((9, 8)),
+        eqx.nn.Linear(4, 4, key=key),
+    ]
+    found = readings(eqx.filter(layers, eqx.is_inexact_array))
+    assert {path: view for path, view in found.items() if view != "fallback"} == {
+        "0/weight": "(5, 4)",
+        "1/weight": "(9, 16)",
+        "2/weight": "(18, 16)",
+        "3/weight_ih": "(3, 12)",
+        "3/weight_hh": "(4, 12)",
+        "5/weight": "undecided",
+    }
+
+
+def test_the_array_in_a_named_array_is_no_name():
+    layer = {"weight": {"array": (4, 9)}, "bias": {"array": (4,)}}
+    assert readings(shapes({"up": layer}))["up/weight/array"] == "(9, 4)"
+
+
+# --- Keras and Haiku, whose keys hold slashes
+
+
+def test_keras_variables_by_path_are_read():
+    table = {
+        "conv2d/kernel": ((3, 3, 1, 4), "(9, 4)"),
+        "conv2d/bias": ((4,), "fallback"),
+        "conv2d_transpose/kernel": ((3, 3, 5, 4), "(36, 5)"),
+        "conv2d_transpose/bias": ((5,), "fallback"),
+        "conv2d_transpose_1/kernel": ((3, 3, 4, 4), "undecided"),
+        "conv2d_transpose_1/bias": ((4,), "fallback"),
+        "separable_conv2d/depthwise_kernel": ((3, 3, 4, 1), "fallback"),
+        "separable_conv2d/pointwise_kernel": ((1, 1, 4, 8), "(4, 8)"),
+        "separable_conv2d/bias": ((8,), "fallback"),
+        "depthwise_conv2d/kernel": ((3, 3, 8, 1), "fallback"),
+        "multi_head_attention/query/kernel": ((8, 2, 3), "(8, 6)"),
+        "multi_head_attention/query/bias": ((2, 3), "fallback"),
+        "multi_head_attention/attention_output/kernel": ((2, 3, 8), "(6, 8)"),
+        "multi_head_attention/attention_output/bias": ((8,), "fallback"),
+        "token_embedding/embeddings": ((20, 8), "fallback"),
+        "lstm/lstm_cell/recurrent_kernel": ((4, 16), "(4, 16)"),
+        "layer_normalization/gamma": ((8,), "fallback"),
+        "policy_head/kernel": ((8, 4), "fallback"),
+    }
+    found = readings(shapes({f"model/{path}": shape for path, (shape, _) in table.items()}))
+    assert found == {f"model/{path}": view for path, (_, view) in table.items()}
+
+
+def test_haiku_params_are_read():
+    def forward(x):
+        x = hk.Conv2DTranspose(5, 3)(hk.Conv2D(4, 3)(x))
+        x = hk.DepthwiseConv2D(1, 3)(x).reshape(1, -1, 5)
+        x = hk.MultiHeadAttention(2, 3, w_init=jnp.zeros)(x, x, x)
+        return hk.Linear(2, name="value_head")(hk.nets.MLP([4, 2])(x))
+
+    params = jax.eval_shape(hk.transform(forward).init, jax.random.key(0), zeros(1, 6, 6, 1))
+    found = {path: view for path, view in readings(params).items() if view != "fallback"}
+    attention = {f"multi_head_attention/{name}/w": "(5, 6)" for name in ("query", "key", "value")}
+    assert found == attention | {
+        "conv2_d/w": "(9, 4)",
+        "conv2_d_transpose/w": "(36, 5)",
+        "multi_head_attention/linear/w": "(6, 6)",
+        "mlp/~/linear_0/w": "(6, 4)",
+        "mlp/~/linear_1/w": "(4, 2)",
+    }
+
+
+def test_keys_that_come_to_the_same_path_are_read_by_their_own_shapes():
+    params = shapes({"up/kernel": (4, 9), "up": {"kernel": (9,)}})
+    assert [row.view for row in orthax.explain(params).rows] == ["", "(4, 9)"]
+
+
+# --- vectors and tables
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (1, 8), (8, 1), (1, 1, 1)])
+@pytest.mark.parametrize("name", ["layer_scale", "affine/g", "cls_token"])
+def test_at_most_one_axis_above_1_is_a_vector(name, shape):
+    assert decided(name, shape) == ("fallback", "at most one axis above 1: a vector")
+
+
+def test_kernels_of_one_output_are_matrices_and_no_error_where_nothing_decides():
+    assert decided("proj/w", (8, 1))[0] == decided("proj/kernel", (1, 8))[0] == "matrices"
+    assert decided("mix/kernel", (1, 1, 8))[0] == "fallback"
+    assert readings(shapes({"mix": {"kernel": (1, 1, 8), "bias": (8,)}}))["mix/kernel"] == "(1, 8)"
+
+
+@pytest.mark.parametrize("name", ["b", "b_up", "b1", "beta", "gamma", "offset", "A_log"])
+def test_vectors_beside_weights_stacked_by_hand_are_vectors(name):
+    for weight, expected in {(9, 16, 8): "fallback", (10, 16, 8): "(9, 16)"}.items():
+        stacked = {"Dense_0": {"kernel": weight}, name: (9, 16)}
+        assert readings(shapes({"layers": stacked}))[f"layers/{name}"] == expected
+    twice = {"up": {"kernel": (9, 3, 16, 8), name: (9, 3, 8)}}
+    assert readings(shapes(twice))[f"up/{name}"] == "fallback"
+
+
+@pytest.mark.parametrize("name", ["w_up", "B", "proj", "mixing_b"])
+def test_matrices_beside_a_stack_stay_matrices(name):
+    params = {"layers": {"Dense_0": {"kernel": (9, 16, 8)}, name: (9, 16)}}
+    assert readings(shapes(params))[f"layers/{name}"] == "(9, 16)"
+
+
+@pytest.mark.parametrize("path", ["rational/numerator", "mixing", "module/table"])
+def test_a_side_below_8_without_the_name_of_a_weight_is_a_table(path):
+    for shape in ((8, 4), (6, 8), (7, 64)):
+        destination, reason = decided(path, shape)
+        assert destination == "fallback" and "a side below 8" in reason
+    assert decided(path, (8, 9))[0] == "matrices"
+
+
+def test_tables_without_a_name_of_their_own_keep_their_reading():
+    assert readings(shapes({"dense": [(8, 4), (4,)]})) == {
+        "dense/0": "(8, 4)",
+        "dense/1": "fallback",
+    }
+
+
+@pytest.mark.parametrize("name", ["kernel", "w", "W", "w_gate", "w1", "up_kernel", "lora_a"])
+def test_the_name_of_a_weight_is_trusted_at_any_size(name):
+    assert decided(f"layer/{name}", (8, 4))[0] == "matrices"
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("depthwise/kernel", (3, 3, 1, 16)),
+        ("DepthwiseConv_0/kernel", (3, 3, 1, 16)),
+        ("block/dwconv/kernel", (7, 7, 1, 16)),
+        ("block/depthwise_kernel", (3, 3, 16, 1)),
+        ("conv1d/kernel", (4, 16)),  # (taps, channels)
+        ("mixer/conv_w", (4, 16)),
+    ],
+)
+def test_depthwise_kernels_go_to_the_fallback(path, shape):
+    destination, reason = decided(path, shape)
+    assert destination == "fallback" and reason.startswith("depthwise")
 
 
 def test_an_unknown_name_with_two_axes_is_a_matrix():
@@ -495,9 +821,10 @@ def test_partition_matrices_shows_the_bias_to_the_rule_inside_and_as_matrices_al
         orthax.as_matrices(optax.identity()).init(kernel_only)
 
 
-def test_the_kernel_of_a_layer_that_is_the_whole_model_is_read_by_its_rank():
+def test_the_kernel_of_a_layer_that_is_the_whole_model_is_read_by_its_bias():
     assert readings(shapes({"kernel": (4, 8), "bias": (8,)}))["kernel"] == "(4, 8)"
-    assert readings(shapes({"kernel": (2, 4, 8), "bias": (8,)}))["kernel"] == "undecided"
+    assert readings(shapes({"kernel": (2, 4, 8), "bias": (8,)}))["kernel"] == "(8, 8)"
+    assert readings(shapes({"kernel": (2, 4, 8)}))["kernel"] == "undecided"
     model = nnx.Conv(4, 8, (3,), rngs=nnx.Rngs(0))
     rules = orthax.nn.dimension_numbers(model)
     table = orthax.explain(nnx.state(model, nnx.Param), rules)

@@ -19,6 +19,8 @@ from helpers import normal
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
+import orthax.nn
+from orthax import diagnostics
 from orthax.linalg import polar_svd
 
 POLAR = orthax.orthogonalize(polar_svd)
@@ -282,14 +284,14 @@ def test_init_takes_shapes_in_the_place_of_arrays():
 
 @pytest.mark.parametrize("hole", [None, optax.MaskedNode()], ids=["None", "MaskedNode"])
 def test_holes_in_the_tree_pass(hole):
-    grads = {"a": hole, "b": normal((4, 3)), "c": [hole, normal((3, 4))]}
+    grads = {"a": hole, "w": normal((4, 3)), "kernels": [hole, normal((3, 4))]}
     for transformation in (
         orthax.as_matrices(POLAR),
         orthax.partition_matrices(orthax.as_matrices(POLAR), optax.scale(2.0)),
     ):
         updates = updated(transformation, grads, grads)
         assert jax.tree.structure(updates) == jax.tree.structure(grads)
-        error = oracles.relative_error(updates["b"], oracles.polar(grads["b"]))
+        error = oracles.relative_error(updates["w"], oracles.polar(grads["w"]))
         assert error < tolerances.rounding(jnp.float32, gain=10)
 
 
@@ -449,6 +451,85 @@ def test_rules_are_not_taken_for_a_schedule():
     assert set(state.hyperparams) == {"learning_rate", "momentum", "weight_decay"}
 
 
+# --- rules that match nothing, leaves without names
+
+MISTYPED = orthax.PathRules(((r"layer2/kernel$", None), (r"l1/k", MuonDimensionNumbers(1, 0))))
+LAYERS = {name: {"kernel": normal((4, 3)), "bias": normal((3,))} for name in ("l1", "l2")}
+SAYS_MISTYPED = r"rule 'layer2/kernel\$' matches no leaf; the nearest path is 'l2/kernel'"
+OF_RULES = {
+    "muon": lambda rules: orthax.muon(0.1, dimension_numbers=rules),
+    "as_matrices": lambda rules: orthax.as_matrices(
+        optax.identity(), dataclasses.replace(rules, default=MuonDimensionNumbers(-1, -2))
+    ),
+    "of_params": lambda rules: diagnostics.of_params(diagnostics.stable_rank, rules),
+}
+
+
+@pytest.mark.parametrize("call", OF_RULES)
+def test_init_warns_once_of_a_rule_that_matches_nothing_and_update_does_not(call):
+    params = LAYERS
+    if call == "as_matrices":
+        params = {name: {"kernel": layer["kernel"]} for name, layer in LAYERS.items()}
+    tx = OF_RULES[call](MISTYPED)
+    with pytest.warns(UserWarning, match=f"{call}: {SAYS_MISTYPED}") as caught:
+        state = tx.init(params)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    tx.update(params, state, params)  # warnings are errors
+    strict = OF_RULES[call](dataclasses.replace(MISTYPED, strict=True))
+    with pytest.raises(ValueError, match=f"{call}: {SAYS_MISTYPED}"):
+        strict.init(params)
+
+
+def test_explain_lists_rules_that_match_nothing_and_does_not_raise():
+    for rules in (MISTYPED, dataclasses.replace(MISTYPED, strict=True)):
+        table = orthax.explain(LAYERS, rules)
+        (note,) = table.notes
+        assert re.search(SAYS_MISTYPED, note)
+        assert str(table).endswith(f"note: {note}")
+
+
+@pytest.mark.parametrize("name", ["l2", "head"])
+def test_what_an_outer_mask_took_away_counts_as_seen(name):
+    params = {"l1": LAYERS["l1"], name: LAYERS["l2"]}
+    rules = orthax.PathRules(((rf"{name}/.*kernel$", None), ("l1/", ...)), strict=True)
+    inner = orthax.muon(0.1, dimension_numbers=rules)
+    by_leaf = {key: {"kernel": key, "bias": key} for key in params}
+    for labels in (by_leaf, {key: key for key in params}):
+        tx = optax.partition({"l1": inner, name: optax.sgd(0.1)}, labels)
+        assert updated(tx, params, params).keys() == params.keys()
+    elsewhere = orthax.PathRules((("layer2/kernel", None),), strict=True)
+    tx = optax.masked(orthax.muon(0.1, dimension_numbers=elsewhere), {"l1": True, name: by_leaf})
+    tx = optax.partition(
+        {"l1": orthax.muon(0.1, dimension_numbers=elsewhere), name: optax.sgd(0.1)}, by_leaf
+    )
+    with pytest.raises(ValueError, match="rule 'layer2/kernel' matches no leaf"):
+        tx.init(params)
+
+
+def test_a_rule_behind_another_one_and_the_rules_of_a_model_are_not_reported():
+    behind = orthax.PathRules((("kernel", None), ("l2/kernel", None)), strict=True)
+    orthax.muon(0.1, dimension_numbers=behind).init(LAYERS)
+    model = nnx.eval_shape(lambda: nnx.Dict(a=nnx.LoRALinear(4, 8, lora_rank=2, rngs=nnx.Rngs(0))))
+    rules = orthax.nn.dimension_numbers(model)
+    orthax.muon(0.1, dimension_numbers=rules).init(nnx.state(model, nnx.LoRAParam))
+
+
+def test_kernels_of_several_ranks_without_names_are_reported():
+    leaves = [struct(3, 3, 1, 8), struct(64, 10), struct(10)]
+    with pytest.warns(UserWarning, match=r"muon: leaves such as .* have no names") as caught:
+        jax.eval_shape(orthax.muon(0.1).init, leaves)
+    assert len(caught) == 1
+    table = orthax.explain(leaves)
+    assert [row.view for row in table.rows] == ["(3, 3, 1, 8)", "(64, 10)", ""]
+    assert "v.path" in table.notes[0] and "v.path" in orthax.explain(leaves[1:]).notes[0]
+    # One rank, names, or dimension numbers: nothing to report.
+    jax.eval_shape(orthax.muon(0.1).init, leaves[1:])
+    by_path = {"conv2d/kernel": leaves[0], "dense/kernel": leaves[1], "dense/bias": leaves[2]}
+    jax.eval_shape(orthax.muon(0.1).init, by_path)
+    dims = [MuonDimensionNumbers((0, 1, 2), 3), None, None]
+    jax.eval_shape(orthax.muon(0.1, dimension_numbers=dims).init, leaves)
+
+
 class Holder(nnx.Module):
     """A variable that holds a tree, and one under the name that variables give to their value."""
 
@@ -569,6 +650,43 @@ def test_explain_prints_a_table_with_undecided_leaves():
     table = orthax.explain(params, rules)
     assert str(table) == TABLE.strip()
     assert repr(table) == str(table)
+
+
+@pytest.mark.parametrize(
+    ("last", "size", "marked"),
+    [
+        ("out", 10, True),
+        ("fc_out", 1, True),
+        ("l3", 10, True),
+        ("out", 1000, True),
+        ("l3", 1000, False),  # wider than its inputs and not called so
+        ("out", 64, False),
+    ],
+)
+def test_explain_marks_what_looks_like_a_head_and_is_not_called_so(last, size, marked):
+    kernels = {"l1": (784, 64), "mix/c": (64, 64), "mix/out": (64, 64), last: (64, size)}
+    params = {f"{name}/kernel": struct(*shape) for name, shape in kernels.items()}
+    params |= {f"{name}/bias": struct(shape[1]) for name, shape in kernels.items()}
+    table = orthax.explain(params)
+    heads = [row.path for row in table.rows if "looks like an output head" in row.reason]
+    assert heads == ([f"{last}/kernel"] if marked else [])
+    assert {row.destination for row in table.rows if "kernel" in row.path} == {"matrices"}
+    if marked:
+        (note,) = table.notes
+        (rules,) = re.findall(r"orthax\.PathRules\(.*\),\)\)", note)
+        by_rule = orthax.explain(params, eval(rules))
+        assert by_rule.notes == ()
+        assert [r.path for r in by_rule.rows if r.reason.startswith("rule")] == heads
+    # A head by name, and there is no other to look for.
+    assert not orthax.explain(params | {"lm_head/kernel": struct(64, 99)}).notes
+
+
+def test_a_convolution_whose_outputs_are_flattened_is_no_head():
+    params = {"c1/kernel": (3, 3, 1, 4), "c2/kernel": (3, 3, 4, 8), "l/kernel": (128, 64)}
+    biases = {path.replace("kernel", "bias"): (shape[-1],) for path, shape in params.items()}
+    params = params | biases | {"last/kernel": (64, 10)}
+    table = orthax.explain({path: struct(*shape) for path, shape in params.items()})
+    assert [row.path for row in table.rows if "head" in row.reason] == ["last/kernel"]
 
 
 def test_explain_counts_matrices_and_reads_arrays_too():

@@ -11,6 +11,7 @@ from orthax.base.leaves import check_params, path_text
 from orthax.base.with_memory import WithMemory, check_measure
 from orthax.matrices.partition import resolve
 from orthax.matrices.path_rules import PathRules
+from orthax.matrices.reports import report_unmatched
 from orthax.matrices.view import PackedView, open_view
 
 Measures: TypeAlias = dict[str, Any]  # by path; of a packed leaf, a tuple
@@ -130,6 +131,8 @@ def _monitored(
 
     # For `optax.monitor` the updates that come out are the measures; it passes the chain's own on.
     def init(params: optax.Params) -> Measures:
+        for rules in (measure, dimension_numbers):
+            report_unmatched(call, rules, params)
         if not remembers:
             return {}
         return dict(_measured(call, measure.init, (params,), dimension_numbers))

@@ -24,7 +24,9 @@ from orthax.base.leaves import (
     path_of,
 )
 from orthax.matrices.default_rule import Undecided, default_rule
+from orthax.matrices.names import split_path
 from orthax.matrices.path_rules import chosen_values
+from orthax.matrices.reports import report_missing_names, report_unmatched
 from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
 
 
@@ -37,12 +39,14 @@ class Leaf:
       value: The leaf.
       view: How it is read as matrices; None for the fallback.
       reason: The rule that decided.
+      by_default: Whether that was the default rule, which reads names and shapes.
     """
 
     path: str
     value: Any
     view: MatrixView | PackedView | None
     reason: str
+    by_default: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ class DecidedLeaves:
         return optax.masked(inner, lambda _: given_for(mask, self.tree))
 
 
+_SEVERAL = "names and shapes leave several readings"
 Build: TypeAlias = Callable[[DecidedLeaves], optax.GradientTransformation]
 
 
@@ -124,7 +129,7 @@ def as_matrices(
                 )
         return _shown_matrices(inner, jax.tree.structure(tree).unflatten(decided))
 
-    return _built_for_each_tree(shown)
+    return _built_for_each_tree("as_matrices", dimension_numbers, shown)
 
 
 def partition_matrices(
@@ -194,15 +199,17 @@ def partition(
         both = optax.partition(chains, lambda _: structure.unflatten(labels))
         return keep_dtypes(both) if built else both
 
-    return _built_for_each_tree(parts)
+    return _built_for_each_tree(call, dimension_numbers, parts)
 
 
 def _built_for_each_tree(
-    build: Callable[[Any], optax.GradientTransformationExtraArgs],
+    call: str, dimension_numbers: Any, build: Callable[[Any], optax.GradientTransformationExtraArgs]
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that `build` makes of the tree at hand: of params, or of updates."""
 
     def init(params: optax.Params) -> optax.OptState:
+        report_unmatched(call, dimension_numbers, params)
+        report_missing_names(call, dimension_numbers, params)
         return build(params).init(params)
 
     def update(
@@ -272,16 +279,19 @@ def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = Fals
     chosen = [(..., "")] * len(names)  # `...`: no rule of the user's, so names and shapes decide
     if dimension_numbers is not None and names:
         chosen = chosen_values(call, tree, names, dimension_numbers)
-    shapes = {path: np.shape(value) for path, value in zip(paths, values, strict=True)}
+    read = list(map(split_path, paths))  # as names are read: Keras's and Haiku's keys hold `/`
+    shapes = {path: np.shape(value) for path, value in zip(read, values, strict=True)}
 
     def decide(path: Path, name: str, value: Any, choice: tuple[Any, str]) -> Leaf:
         try:
-            dims, reason = default_rule(path, shapes) if choice[0] is ... else choice
+            dims, reason = choice
+            if dims is ...:
+                dims, reason = default_rule(path, np.shape(value), shapes, name)
         except Undecided as error:
             if not report:
                 raise Undecided(f"{call}: {error}") from None
-            return Leaf(name, value, None, "undecided: names and shapes leave several readings")
+            return Leaf(name, value, None, f"undecided: {_SEVERAL}", by_default=True)
         view = None if dims is None else make_view(call, name, value, dims)
-        return Leaf(name, value, view, reason)
+        return Leaf(name, value, view, reason, by_default=choice[0] is ...)
 
-    return list(map(decide, paths, names, values, chosen))
+    return list(map(decide, read, names, values, chosen))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from orthax.base import check
 from orthax.base.leaves import given_for, is_masked
 from orthax.matrices.view import DimensionNumbers, Packed
 
@@ -19,9 +20,15 @@ class PathRules:
     that boxes and NNX variables add. It is frozen and not callable, so that
     `optax.inject_hyperparams` does not take it for a schedule.
 
+    `init` warns of a rule that matches no leaf, and `explain` lists it. Leaves that a mask or
+    partition around took away are matched too.
+
     Attributes:
       rules: Pairs of a regular expression and a value; the first found (`re.search`) decides.
       default: Value for a path that no rule matches; `...` leaves it to the default rule.
+      strict: Whether `init` raises a `ValueError` in the place of the warning. Rules that several
+        models share, of which each has only some of the leaves, leave it False.
+      compiled: The expressions, compiled.
 
     Example:
       >>> from optax.contrib import MuonDimensionNumbers
@@ -33,11 +40,11 @@ class PathRules:
 
     rules: tuple[tuple[str | re.Pattern[str], Any], ...]
     default: Any = ...
-    _compiled: tuple[re.Pattern[str], ...] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )
+    strict: bool = False
+    compiled: tuple[re.Pattern[str], ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check.flag("PathRules: strict", self.strict)
         accepted = "pairs (regular expression, value)"
         message = f"PathRules: rules must be {accepted}, got {self.rules!r}."
         try:
@@ -50,16 +57,23 @@ class PathRules:
         except (ValueError, re.error) as error:
             raise ValueError(message) from error
         object.__setattr__(self, "rules", rules)
-        object.__setattr__(self, "_compiled", compiled)
+        object.__setattr__(self, "compiled", compiled)
 
     def lookup(self, path: str) -> tuple[Any, str]:
         """Returns the value for a path and the rule that gave it (`...`: no rule matches)."""
         if not isinstance(path, str):
             raise TypeError(f"PathRules.lookup: path must be a string, got {path!r}.")
-        for compiled, (_, value) in zip(self._compiled, self.rules, strict=True):
+        for compiled, (_, value) in zip(self.compiled, self.rules, strict=True):
             if compiled.search(path):
                 return value, f"rule {compiled.pattern!r}"
         return self.default, "default of the rules"
+
+
+class WrittenForModel(str):
+    """A pattern that a function wrote for each leaf of a model, and no user.
+
+    It is not reported where it matches nothing: one may train a part of the model's leaves.
+    """
 
 
 def chosen_values(

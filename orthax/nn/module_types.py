@@ -13,9 +13,9 @@ from typing import Any
 from flax import nnx
 
 from orthax.base import check
-from orthax.matrices.default_rule import output_head
 from orthax.matrices.layer_layout import Layout, excluded_patterns, place
-from orthax.matrices.path_rules import PathRules
+from orthax.matrices.names import output_head
+from orthax.matrices.path_rules import PathRules, WrittenForModel
 from orthax.nn.householder_linear import HouseholderLinear
 
 _CALL = "orthax.nn.dimension_numbers"
@@ -42,8 +42,8 @@ def dimension_numbers(
     """Tells which parameters of a Flax NNX model are matrices, and how, by module types.
 
     Kernels of Linear, LinearGeneral, MultiHeadAttention, Conv, ConvTranspose and Einsum, LoRA's two
-    factors and recurrent cells are matrices; biases, embeddings, norms and output heads (a path
-    component `lm_head`, `head`, `logits` or `classifier`) go to the fallback. Side by side in one
+    factors and recurrent cells are matrices; biases, embeddings, norms and output heads (by name,
+    as in `orthax.explain`) go to the fallback. Side by side in one
     kernel, as `orthax.Packed`, are the groups of a convolution and the gates of `OptimizedLSTMCell`
     and `GRUCell`. A depthwise convolution with one output per channel has no matrix. A Param of a
     module that Flax does not define is left to the default rule.
@@ -119,7 +119,7 @@ def dimension_numbers(
         head = output_head(parts) is not None
         dims = None if head else _read_shared(path, node, owners[id(node)], read)
         if dims is not ...:
-            rules.append((f"^{re.escape(path)}$", dims))
+            rules.append((WrittenForModel(f"^{re.escape(path)}$"), dims))
     return PathRules(tuple(rules))
 
 

@@ -21,6 +21,7 @@ from orthax.base.leaves import (
 from orthax.base.with_memory import WithMemory, check_measure
 from orthax.linalg.elementary import wide
 from orthax.matrices.path_rules import PathRules
+from orthax.matrices.reports import report_unmatched
 
 _CALL = "add_penalty"
 
@@ -64,8 +65,9 @@ def add_penalty(
 
     Raises:
       ValueError: If `strength` is negative or not finite; at `init` or `update`, what the penalty
-        raises, with the leaf's path; at `update`, without params. TypeError: if `penalty` or a
-        value of the rules is none, `strength` no number, or a penalty's value no real scalar.
+        raises, with the leaf's path, and if a rule of `strict` rules matches no leaf (of
+        others it warns); at `update`, without params. TypeError: if `penalty` or a value of the
+        rules is none, `strength` no number, or a penalty's value no real scalar.
 
     Example:
       >>> from orthax.penalties import soft_orthogonality
@@ -98,6 +100,7 @@ def add_penalty(
             first = _naming(path, value.init, leaf)
             return jax.tree.map(lambda x: replicate_beside(x, leaf), first)
 
+        report_unmatched(_CALL, penalty, params)
         memories = jax.tree_util.tree_map_with_path(memory, params)
         return AddPenaltyState(jnp.zeros([], jnp.int32), memories)
 

@@ -509,7 +509,7 @@ class Unknown(nnx.Module):
     def __init__(self, rngs):
         self.scale_of_all = nnx.Param(jnp.ones(3))
         self.offset = nnx.Param(jnp.ones(()))
-        self.mixing = nnx.Param(jnp.ones((3, 4)))
+        self.mixing = nnx.Param(jnp.ones((8, 9)))
         self.experts = nnx.Param(jnp.ones((5, 3, 4)))
 
 
@@ -518,7 +518,7 @@ def test_bare_params_are_left_to_the_default_rule():
     assert dimension_numbers(model) == orthax.PathRules(())
     assert readings(model) == {
         "experts": "undecided",
-        "mixing": "(3, 4)",
+        "mixing": "(8, 9)",
         "offset": "fallback",
         "scale_of_all": "fallback",
     }

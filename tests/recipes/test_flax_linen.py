@@ -13,7 +13,6 @@ import orthax
 rules = orthax.PathRules(
     (
         (r"(embedding|bias|scale)$", None),
-        (r"(head|logits)/", None),
         (r"(query|key|value)/kernel$", MuonDimensionNumbers(0, (1, 2))),  # (in, heads, size)
         (r"out/kernel$", MuonDimensionNumbers((0, 1), 2)),  # (heads, size, out)
         (r"Conv_\d+/kernel$", MuonDimensionNumbers((0, 1), 2)),  # (window, in, out)

@@ -347,6 +347,26 @@ def test_rules_may_say_none_and_give_a_default():
     close(updates["head"]["kernel"], expected)
 
 
+def test_init_warns_once_of_a_rule_that_matches_nothing():
+    params, gradients = tree()
+    rules = ((r"dense2/kernel", soft_orthogonality), (r"head/kernel", soft_orthogonality))
+    tx = orthax.add_penalty(orthax.PathRules(rules), 0.3)
+    said = "add_penalty: rule 'dense2/kernel' matches no leaf; the nearest path is 'dense/kernel'"
+    with pytest.warns(UserWarning, match=said) as caught:
+        state = tx.init(params)
+    assert len(caught) == 1
+    tx.update(gradients, state, params)  # warnings are errors
+    strict = orthax.add_penalty(orthax.PathRules(rules, strict=True), 0.3)
+    with pytest.raises(ValueError, match=said):
+        strict.init(params)
+    # Taken away by its own mask or one around: seen.
+    rules = orthax.PathRules(((r"dense/kernel$", soft_orthogonality),), strict=True)
+    for masked in (False, {"kernel": False, "bias": True}):
+        mask = {"dense": masked, "head": True}
+        orthax.add_penalty(rules, 0.3, mask).init(params)
+        optax.masked(orthax.add_penalty(rules, 0.3), mask).init(params)
+
+
 def test_rules_and_a_mask_both_have_to_agree():
     params, gradients = tree()
     rules = orthax.PathRules(((r"kernel", soft_orthogonality),))
