@@ -61,7 +61,8 @@ def muon(
         the leaf's last axis, and the fallback in full. On a GPT's own gradients the directions of
         8-bit and exact momentum have a cosine of 0.95, 0.84, 0.81, 0.93 after 1, 10, 30, 100 steps
         (stochastic rounding: 0.92, 0.78, 0.74, 0.89; 4 bits: 0.47, 0.34, 0.31, 0.44;
-        benchmarks/momentum_bits.py), and its loss is the same.
+        benchmarks/momentum_bits.py); its final loss is 0.006 higher in the mean of three seeds,
+        which differ by 0.012 among themselves.
 
     Returns:
       The optimizer; updates have the gradients' dtype and sharding.
