@@ -226,4 +226,8 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """
     if out_sharding is None:
         return fun
-    return jax.sharding.auto_axes(fun, out_sharding=out_sharding)
+    mesh = jax.tree.leaves(out_sharding)[0].mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # Not the Manual axes of a `jax.shard_map` around, which stay what they are.
+    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)

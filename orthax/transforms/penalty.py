@@ -17,6 +17,7 @@ from orthax.base.leaves import (
     path_text,
     replicate_beside,
 )
+from orthax.base.varying import vary_as
 from orthax.base.with_memory import WithMemory, check_measure
 from orthax.linalg.elementary import wide
 from orthax.matrices.path_rules import PathRules
@@ -94,7 +95,7 @@ def add_penalty(
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
             first = _naming(path, value.init, leaf)
-            return jax.tree.map(lambda x: replicate_beside(x, leaf), first)
+            return jax.tree.map(lambda x: vary_as(replicate_beside(x, leaf), leaf), first)
 
         memories = jax.tree_util.tree_map_with_path(memory, params)
         return AddPenaltyState(jnp.zeros([], jnp.int32), memories)

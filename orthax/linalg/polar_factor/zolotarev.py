@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
+from orthax.base.varying import vary_as
 from orthax.linalg.elementary import gram, norm_of_scaled, unit_max
 
 # SciPy's elliptic functions take 1 - lower**2, which keeps 4 digits of it here and none at 1e-8.
@@ -204,7 +205,7 @@ def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
 
     real = jnp.finfo(r.dtype).dtype
     poles = (jnp.asarray(function.residues, real), jnp.asarray(function.shifts, real))
-    total, _ = lax.scan(add, identity, poles)  # one program for all poles
+    total, _ = lax.scan(add, vary_as(identity, r), poles)  # one program for all poles
     return total
 
 

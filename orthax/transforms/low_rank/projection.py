@@ -10,6 +10,7 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes, zeros_like
+from orthax.base.varying import cond
 from orthax.linalg.elementary import RANKINGS, wide
 from orthax.transforms.low_rank.frames import (
     Frame,
@@ -137,7 +138,7 @@ def projected(
         if update_every == 1:
             new, low, inner_state = choose()
         else:  # between choices, as GaLore does, only the coordinates are new
-            new, low, inner_state = jax.lax.cond(state.count % update_every == 0, choose, keep)
+            new, low, inner_state = cond(state.count % update_every == 0, choose, keep)
 
         # inner sees gradients and params of rank r, in the dtypes that it would see of whole ones.
         low = [x.astype(g.dtype) for x, g in zip(low, gradients, strict=True)]
