@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tolerances
 from contract_cases import CASES, grads_of, is_matrix, normal_tree, params_of
+from jax.extend.core import Var
 
 # The same sum in another order; Newton-Schulz steps amplify its error.
 REORDERED = tolerances.rounding(np.float32, gain=100)
@@ -256,6 +257,32 @@ def test_the_state_of_abstract_params_is_that_of_params(case):
     assert types_of(transformation.init(abstract)) == types_of(state)
     assert_equal(transformation.init(abstract), state)
     assert types_of(jax.eval_shape(transformation.init, params)) == types_of(state)
+
+
+LAYOUT = ("reshape", "transpose", "squeeze", "slice", "split", "broadcast_in_dim", "copy")
+
+
+def computes_on_arguments(jaxpr):
+    """Whether a program does more to its arguments than to lay them out, or returns them."""
+    given = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        read = [isinstance(x, Var) and x in given for x in equation.invars]
+        if not any(read):
+            continue
+        inner = equation.params.get("jaxpr")  # of a function that is compiled by itself
+        inner = getattr(inner, "jaxpr", inner)
+        if equation.primitive.name not in LAYOUT and (
+            inner is None or computes_on_arguments(inner)
+        ):
+            return True
+        given.update(equation.outvars)
+    return False
+
+
+@every_case
+def test_init_computes_nothing_of_the_values_of_leaves(case):
+    program = jax.make_jaxpr(built(case.name)[0].init)(params_of(case)).jaxpr
+    assert not computes_on_arguments(program), program
 
 
 @every_case

@@ -46,8 +46,6 @@ def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:
     results = [jax.eval_shape(branch) for branch in branches]
 
     def varied(branch: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: jax.tree.map(
-            lambda x, *like: vary_as(x, like, which), branch(), *results
-        )
+        return lambda: jax.tree.map(lambda x, *like: vary_as(x, like, which), branch(), *results)
 
     return jax.lax.cond(which, *map(varied, branches))

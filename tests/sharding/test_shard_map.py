@@ -166,7 +166,9 @@ def trees_of(case, seeds):
 
     stacked = jax.tree_util.tree_map_with_path(together, *alone)
     alone = [
-        jax.tree_util.tree_map_with_path(lambda k, x, i=i: x if spec_of(k) == P() else x[i], stacked)
+        jax.tree_util.tree_map_with_path(
+            lambda k, x, i=i: x if spec_of(k) == P() else x[i], stacked
+        )
         for i in range(len(alone))
     ]
     return alone, stacked, jax.tree_util.tree_map_with_path(lambda keys, _: spec_of(keys), stacked)
@@ -259,17 +261,13 @@ def test_without_the_check_it_is_the_same(mesh):
 def test_other_mesh_axes_may_be_left_to_the_compiler(kind):
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
     # By name: the default chooses another method where the compiler lays matrices out.
-    transformation = orthax.normuon(
-        0.1, orthogonalizer=orthax.orthogonalize(linalg.newton_schulz)
-    )
+    transformation = orthax.normuon(0.1, orthogonalizer=orthax.orthogonalize(linalg.newton_schulz))
 
     def inside(g):
         return two_updates(transformation, g, g)
 
     g = {"kernel": np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)}
-    run = jax.shard_map(
-        inside, mesh=mesh, in_specs=P("d"), out_specs=P("d"), axis_names={"d"}
-    )
+    run = jax.shard_map(inside, mesh=mesh, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})
     with jax.set_mesh(mesh):
         found = jax.jit(run)(jax.device_put(g, jax.NamedSharding(mesh, P("d", "m"))))
     found = jax.device_get(found)

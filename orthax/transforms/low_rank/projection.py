@@ -20,7 +20,13 @@ from orthax.transforms.low_rank.frames import (
     random_matrices,
 )
 from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
-from orthax.transforms.low_rank.quantized import BITS, ROUNDINGS, dequantize_leaves, quantize_leaves
+from orthax.transforms.low_rank.quantized import (
+    BITS,
+    ROUNDINGS,
+    dequantize_leaves,
+    in_one,
+    quantize_leaves,
+)
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
 
@@ -93,17 +99,19 @@ def projected(
         leaves, structure = jax.tree.flatten(params)
         bases = random_matrices(params, rank, kind) if basis == "random" else None
         frames = make_frames(params, rank, kind, bases)
-        zeros = [wide(zeros_like(x)) for x in leaves]
-        kept = [frame.first(x) for frame, x in zip(frames, zeros, strict=True)]
+        _check_complex(call, frames, leaves, buffer_dtype if retain is not None else None)
+        kept = [*map(Frame.first, frames, leaves)]
         # What inner keeps is as large as the coordinates, not as the params.
-        low = structure.unflatten(map(_projected, frames, leaves, kept))
-        inner_state = inner.init(low)
+        inner_state = inner.init(structure.unflatten(map(Frame.first_low, frames, leaves)))
         check_inner_state(call, inner, inner_state, structure.unflatten(frames))
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
-            dtypes = [None if bits else buffer_dtype or x.dtype for x in leaves]
-            residuals = save(frames, zeros, dtypes, structure, count)
+            if bits is None:
+                residuals = structure.unflatten([zeros_like(x, buffer_dtype) for x in leaves])
+            else:
+                parts = [f.first_quantized(x, bits) for f, x in zip(frames, leaves, strict=True)]
+                residuals = in_one(parts, structure)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
 
     def update(
@@ -175,14 +183,9 @@ def projected(
 
 
 def _projected(frame: Frame, x: Any, kept: Any) -> Any:
-    """Coordinates of params, in their dtype; of a `ShapeDtypeStruct`, the same of them."""
-
-    def projected(x: jax.Array, kept: Any) -> jax.Array:
-        return frame.project(wide(x), kept).astype(x.dtype)
-
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(projected, x, kept)
-    return projected(jnp.asarray(x), kept)
+    """Coordinates of params, in their dtype."""
+    x = jnp.asarray(x)
+    return frame.project(wide(x), kept).astype(x.dtype)
 
 
 def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
@@ -190,7 +193,7 @@ def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_d
     if buffer_dtype is None or jnp.issubdtype(buffer_dtype, jnp.complexfloating):
         return
     for frame, x in zip(frames, xs, strict=True):
-        if jnp.iscomplexobj(x):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{call}: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
             )
