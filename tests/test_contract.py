@@ -172,6 +172,78 @@ def test_a_scan_over_gradients_is_the_loop(case):
     assert_close(state, expected_state)
 
 
+# --- settings of JAX
+
+
+def without_adam(case):
+    """The row with SGD in the place of optax's Adam, which mixes dtypes itself."""
+    inner = {"inner": optax.trace(0.9)} if "scale_by_adam" in repr(case.kwargs.get("inner")) else {}
+    fallback = {"fallback": optax.sgd(0.1)} if "learning_rate" in case.kwargs else {}
+    biased = case.kwargs.get("bias_correction") == "global"
+    return {**inner, **fallback, **({"bias_correction": "per_index"} if biased else {})}
+
+
+# float16 is widened before it is computed with, so that only bfloat16 may meet float32. Where a
+# momentum is asked for in another dtype, it is optax that adds gradients to it.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_case
+def test_dtypes_are_not_mixed_and_ranks_not_promoted(case, dtype):
+    if dtype == "bfloat16" and case.kwargs.get("mu_dtype"):
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        transformation = case.build(**without_adam(case))
+        params, (g,) = params_of(case, dtype), grads_of(case, dtype=dtype)
+        state = jax.eval_shape(transformation.init, params)
+        jax.eval_shape(transformation.update, g, state, params)
+
+
+@cases_with_numbers
+def test_injected_numbers_are_not_mixed_with_other_dtypes(case):
+    with jax.numpy_dtype_promotion("strict"):
+        transformation = case.injected(**case.values(), **without_adam(case))
+        params, (g,) = params_of(case), grads_of(case)
+        state = transformation.init(params)
+        jax.eval_shape(transformation.update, g, state, params)
+
+
+@every_case
+def test_float32_stays_float32_where_float64_is_enabled(case):
+    with precision("float64"):
+        transformation, _ = built(case.name)
+        params, (g,) = params_of(case), grads_of(case)
+        state = transformation.init(params)
+        updates, new_state = jax.eval_shape(transformation.update, g, state, params)
+        assert types_of(updates) == types_of(g)
+        assert types_of(new_state) == types_of(state)
+        # Scalars are Python's.
+        assert not re.search(r"(f64|c128)\[\d", program(transformation.update, g, state, params))
+    assert types_of(transformation.init(params)) == types_of(state)
+
+
+@every_case
+def test_no_tracer_leaks_and_nothing_is_copied_to_a_device_or_back(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    state = transformation.init(params)
+    with jax.checking_leaks():
+        jax.eval_shape(transformation.init, params)
+        jax.eval_shape(transformation.update, g, state, params)
+    with jax.transfer_guard("disallow"):
+        update(g, state, params)
+
+
+@every_case
+def test_nothing_is_nan_on_the_way(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    zeros = jax.tree.map(jnp.zeros_like, g)
+    with jax.debug_nans(True):
+        state = transformation.init(params)
+        for gradient in (g, zeros, g):
+            _, state = update(gradient, state, params)
+        _, state = update(zeros, transformation.init(params), params)
+        update(g, state, params)
+        update(zeros, transformation.init(zeros), zeros)
+
+
 # --- arguments
 
 

@@ -227,7 +227,7 @@ def zeros_beside(
 
 
 def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
-    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says, of its or a given dtype."""
+    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says; None: of its dtype."""
     return zeros_beside(x, x.shape, tuple(range(len(x.shape))), dtype or x.dtype)
 
 

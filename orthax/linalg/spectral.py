@@ -80,7 +80,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     # (u, v) / sqrt(2) is nearly an eigenvector of [[0, x], [x^H, 0]], whose eigenvalues are the
     # singular values and their negatives: with |x v| it misses by residual / sqrt(2), so one lies
     # within that of |x v|. From `norm` the distance is greater by the difference of the two.
-    residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
+    residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None].astype(v.dtype) * v)
     distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
     # Of a vector that the matrix maps to zero, no more is known than the norm of the matrix.
     whole = norm_with_gradient(fixed)

@@ -9,7 +9,7 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
 from orthax.base.leaves import keep_dtypes, zeros_beside, zeros_like
-from orthax.linalg.elementary import abs_square, wide_dtype
+from orthax.linalg.elementary import abs_square, number_for, wide, wide_dtype
 from orthax.transforms.low_rank.frames import projected_axis
 
 
@@ -87,11 +87,14 @@ def scale_by_adam_per_index(
     ) -> tuple[Any, ...]:
         # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
         # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
+        g, mu, nu = wide(g), wide(mu), wide(nu)
+        b1, b2, eps = (number_for(g, number) for number in (b1, b2, eps))
         mu = (1 - b1) * g + b1 * mu
         nu = (1 - b2) * abs_square(g) + b2 * nu
         mu_weight = (1 - b1) + b1 * mu_weight
         nu_weight = (1 - b2) + b2 * nu_weight
-        direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
+        size = jnp.sqrt(nu / nu_weight) + eps
+        direction = mu / mu_weight.astype(mu.dtype) / size.astype(mu.dtype)
         return direction, mu, nu, mu_weight, nu_weight
 
     kept = each_matrix(

@@ -9,7 +9,7 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
 from orthax.base.leaves import zeros_beside
-from orthax.linalg.elementary import frobenius_norm, unit_max, wide_dtype
+from orthax.linalg.elementary import frobenius_norm, number_for, unit_max, wide, wide_dtype
 
 _AXES = ("output", "long")
 
@@ -84,15 +84,18 @@ def normalize_neurons(
         return scale * jnp.sqrt(squares / max(1, x.shape[over]))
 
     def evened(x: Any, rms: Any, decay: Any, eps: Any) -> tuple[jax.Array, jax.Array]:
+        x = wide(x)
+        decay, eps = number_for(x, decay), number_for(x, eps)
         # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
         # squares that overflow.
         old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
-        rms = jnp.hypot(old, new).astype(rms.dtype)
+        rms = jnp.hypot(old, new)
         # Algorithm 1, the division by its root, entry by entry.
-        divided = x / (rms + eps)
+        divided = x / (rms + eps).astype(x.dtype)
         # The norm that the matrix had, as in the official code; the paper scales to its own.
         before, after = frobenius_norm(x), frobenius_norm(divided)
-        return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
+        factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+        return divided * factor.astype(x.dtype), rms
 
     return each_matrix(
         "normalize_neurons",

@@ -19,7 +19,7 @@ from orthax.base.leaves import (
 )
 from orthax.base.varying import vary_as
 from orthax.base.with_memory import WithMemory, check_measure
-from orthax.linalg.elementary import wide
+from orthax.linalg.elementary import number_for, promoted, wide
 from orthax.matrices.path_rules import PathRules
 
 _CALL = "add_penalty"
@@ -117,7 +117,9 @@ def add_penalty(
             if value is not None and u is not None:
                 # In the gradient's dtype, whatever the penalty's and the strength's are.
                 gradient, memory = _naming(path, _gradient, value, w, memory)
-                u = jnp.asarray(u + factor * gradient).astype(jnp.result_type(u))
+                u = jnp.asarray(u)
+                sum_of_both = sum(promoted(u, number_for(gradient, factor) * gradient))
+                u = jnp.asarray(sum_of_both).astype(u.dtype)
             results.append(u)
             kept.append(memory)
         count = jnp.asarray(optax.safe_increment(state.count))

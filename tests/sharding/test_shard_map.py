@@ -42,7 +42,7 @@ def assert_close(actual, expected):
 
 
 def on_each_device(function, mesh, *specs, out=P("d")):
-    """The function on slices of arrays, whose first axis counts devices where the spec is P("d")."""
+    """The function of slices of arrays; where the spec is P("d"), the first axis is of devices."""
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
 
 

@@ -11,7 +11,7 @@ from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes, zeros_like
 from orthax.base.varying import cond
-from orthax.linalg.elementary import RANKINGS, wide
+from orthax.linalg.elementary import RANKINGS, number_for, wide
 from orthax.transforms.low_rank.frames import (
     Frame,
     check_kept,
@@ -169,7 +169,7 @@ def projected(
         residuals = None
         if retain is not None:
             left = [
-                x - (1 - retain) * frame.expand(wide(coordinates), kept)
+                x - (1 - number_for(x, retain)) * frame.expand(wide(coordinates), kept)
                 for frame, x, coordinates, kept in zip(frames, xs, low, new, strict=True)
             ]
             # In the dtype it had: gradients may come in another one than the params.

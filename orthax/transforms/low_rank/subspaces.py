@@ -18,7 +18,7 @@ import optax
 
 from orthax.linalg.bases.cosine import cosine_transform, dct_columns
 from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
-from orthax.linalg.elementary import largest_columns, unit_max
+from orthax.linalg.elementary import largest_columns, promoted, unit_max
 
 SELECTIONS = ("dct", "dct3", "random", "hadamard", "columns")
 ADAPTIVE = ("svd", "subspace")
@@ -49,7 +49,7 @@ class Selection:
         return jnp.put_along_axis(zeros, places, low, axis=-1, inplace=False)
 
     def first(self, _n: int, rank: int, _dtype: Any) -> Any:
-        """What a state holds for a matrix before anything was chosen: of equal columns, the first."""
+        """What a state holds for a matrix before anything was chosen: the first columns."""
         return np.arange(rank, dtype=np.int32)
 
     def choose(self, x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -241,4 +241,4 @@ def _power_step(x: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y.astype(jnp.promote_types(x.dtype, y.dtype)), precision="highest")
+    return jnp.matmul(*promoted(x, y), precision="highest")
