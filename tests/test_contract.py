@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tolerances
 from contract_cases import CASES, grads_of, is_matrix, normal_tree, params_of
+from jax.extend.core import Var
 
 # The same sum in another order; Newton-Schulz steps amplify its error.
 REORDERED = tolerances.rounding(np.float32, gain=100)
@@ -171,6 +172,78 @@ def test_a_scan_over_gradients_is_the_loop(case):
     assert_close(state, expected_state)
 
 
+# --- settings of JAX
+
+
+def without_adam(case):
+    """The row with SGD in the place of optax's Adam, which mixes dtypes itself."""
+    inner = {"inner": optax.trace(0.9)} if "scale_by_adam" in repr(case.kwargs.get("inner")) else {}
+    fallback = {"fallback": optax.sgd(0.1)} if "learning_rate" in case.kwargs else {}
+    biased = case.kwargs.get("bias_correction") == "global"
+    return {**inner, **fallback, **({"bias_correction": "per_index"} if biased else {})}
+
+
+# float16 is widened before it is computed with, so that only bfloat16 may meet float32. Where a
+# momentum is asked for in another dtype, it is optax that adds gradients to it.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_case
+def test_dtypes_are_not_mixed_and_ranks_not_promoted(case, dtype):
+    if dtype == "bfloat16" and case.kwargs.get("mu_dtype"):
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        transformation = case.build(**without_adam(case))
+        params, (g,) = params_of(case, dtype), grads_of(case, dtype=dtype)
+        state = jax.eval_shape(transformation.init, params)
+        jax.eval_shape(transformation.update, g, state, params)
+
+
+@cases_with_numbers
+def test_injected_numbers_are_not_mixed_with_other_dtypes(case):
+    with jax.numpy_dtype_promotion("strict"):
+        transformation = case.injected(**case.values(), **without_adam(case))
+        params, (g,) = params_of(case), grads_of(case)
+        state = transformation.init(params)
+        jax.eval_shape(transformation.update, g, state, params)
+
+
+@every_case
+def test_float32_stays_float32_where_float64_is_enabled(case):
+    with precision("float64"):
+        transformation, _ = built(case.name)
+        params, (g,) = params_of(case), grads_of(case)
+        state = transformation.init(params)
+        updates, new_state = jax.eval_shape(transformation.update, g, state, params)
+        assert types_of(updates) == types_of(g)
+        assert types_of(new_state) == types_of(state)
+        # Scalars are Python's.
+        assert not re.search(r"(f64|c128)\[\d", program(transformation.update, g, state, params))
+    assert types_of(transformation.init(params)) == types_of(state)
+
+
+@every_case
+def test_no_tracer_leaks_and_nothing_is_copied_to_a_device_or_back(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    state = transformation.init(params)
+    with jax.checking_leaks():
+        jax.eval_shape(transformation.init, params)
+        jax.eval_shape(transformation.update, g, state, params)
+    with jax.transfer_guard("disallow"):
+        update(g, state, params)
+
+
+@every_case
+def test_nothing_is_nan_on_the_way(case):
+    (transformation, update), params, (g,) = built(case.name), params_of(case), grads_of(case)
+    zeros = jax.tree.map(jnp.zeros_like, g)
+    with jax.debug_nans(True):
+        state = transformation.init(params)
+        for gradient in (g, zeros, g):
+            _, state = update(gradient, state, params)
+        _, state = update(zeros, transformation.init(params), params)
+        update(g, state, params)
+        update(zeros, transformation.init(zeros), zeros)
+
+
 # --- arguments
 
 
@@ -286,6 +359,32 @@ def test_the_state_of_abstract_params_is_that_of_params(case):
     assert types_of(transformation.init(abstract)) == types_of(state)
     assert_equal(transformation.init(abstract), state)
     assert types_of(jax.eval_shape(transformation.init, params)) == types_of(state)
+
+
+LAYOUT = ("reshape", "transpose", "squeeze", "slice", "split", "broadcast_in_dim", "copy")
+
+
+def computes_on_arguments(jaxpr):
+    """Whether a program does more to its arguments than to lay them out, or returns them."""
+    given = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        read = [isinstance(x, Var) and x in given for x in equation.invars]
+        if not any(read):
+            continue
+        inner = equation.params.get("jaxpr")  # of a function that is compiled by itself
+        inner = getattr(inner, "jaxpr", inner)
+        if equation.primitive.name not in LAYOUT and (
+            inner is None or computes_on_arguments(inner)
+        ):
+            return True
+        given.update(equation.outvars)
+    return False
+
+
+@every_case
+def test_init_computes_nothing_of_the_values_of_leaves(case):
+    program = jax.make_jaxpr(built(case.name)[0].init)(params_of(case)).jaxpr
+    assert not computes_on_arguments(program), program
 
 
 @every_case

@@ -24,6 +24,7 @@ from orthax.base.leaves import (
     matrix_leaves,
     spec_of,
 )
+from orthax.base.varying import vary_as, varying_axes
 
 Row = tuple[Any, ...]
 """What belongs to one leaf: the matrices, what the state holds for them, the params."""
@@ -186,7 +187,9 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
         if x.shape[-2] > x.shape[-1]:  # it will be transposed
             spec = (*spec[:-2], *reversed(spec[-2:]))
         dtypes = tuple(y.dtype for y in rows[i])
-        key = (dtypes, *sorted(x.shape[-2:]), sharding and sharding.mesh, spec)
+        # A leaf that is the same on all devices would not be so after a stack with others.
+        axes = tuple(map(varying_axes, rows[i]))
+        key = (dtypes, *sorted(x.shape[-2:]), sharding and sharding.mesh, spec, axes)
         count = math.prod(x.shape[:-2])
         # A full stack is closed and the next one opened.
         if sizes.get(key, 0) + count > MAX_STACK:
@@ -215,6 +218,7 @@ def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[
         matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
         stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
         mapped = jax.default_backend() in MAPPED_BACKENDS
+        stacks = vary_as(stacks, stacks, last)
         stack = map_in_place(with_last, *stacks) if mapped else with_last(*stacks)
         parts = _split(stack, [len(row[0]) for row in matrices])
         results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]

@@ -14,6 +14,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
+from orthax.base.varying import vary_as
+
 Path = tuple[str | int, ...]
 """Components of a leaf's path; integers are positions in lists and tuples."""
 
@@ -125,13 +127,6 @@ def check_params(call: str, x: optax.Params | None) -> None:
 
 
 # --- dtypes
-
-
-def zeros_like(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
-    return jnp.zeros_like(x)
 
 
 def needs_params(call: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -249,6 +244,34 @@ def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
     return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
 
 
+def zeros_beside(
+    x: Any, shape: tuple[int, ...], axes: tuple[int | None, ...], dtype: Any
+) -> jax.Array:
+    """Zeros that lie along the axes of an array, or a `ShapeDtypeStruct`, as it does.
+
+    `axes` has for each axis of the zeros that of `x` which it follows, or None where it is whole on
+    each device. The values of `x` are not read: a state starts without work between devices.
+    """
+    traced = isinstance(x, Tracer)
+    sharding = explicit_sharding(x) if traced else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        spec = spec_of(sharding, len(x.shape))
+        spec = [None if axis is None else spec[axis] for axis in axes]
+        sharding = sharding.update(spec=PartitionSpec(*spec))
+    elif traced or not getattr(x, "committed", False):
+        sharding = None
+    if traced:
+        zeros = jnp.zeros(shape, dtype)
+        zeros = zeros if sharding is None else jax.sharding.reshard(zeros, sharding)
+        return vary_as(zeros, x)
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
+    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says; None: of its dtype."""
+    return zeros_beside(x, x.shape, tuple(range(len(x.shape))), dtype or x.dtype)
+
+
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:
     """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
     if isinstance(like, Tracer):
@@ -267,4 +290,8 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """
     if out_sharding is None:
         return fun
-    return jax.sharding.auto_axes(fun, out_sharding=out_sharding)
+    mesh = jax.tree.leaves(out_sharding)[0].mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # Not the Manual axes of a `jax.shard_map` around, which stay what they are.
+    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)

@@ -212,11 +212,11 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
-        return start_vector(call, None, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype))
+        return start_vector(call, None, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_matrices(call, w, "w")
-        vector = start_vector(call, vector, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype))
+        vector = start_vector(call, vector, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
@@ -22,7 +22,22 @@ def wide(x: jax.Array) -> jax.Array:
 
 def wide_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of `wide` arrays."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not `jnp.promote_types`, which refuses two dtypes under jax_numpy_dtype_promotion="strict".
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
+
+
+def number_for(x: jax.Array, number: ArrayLike) -> ArrayLike:
+    """A number of the user's, which may be an array of any dtype, to compute with x."""
+    if isinstance(number, (int, float)):
+        return number
+    return jnp.asarray(number).astype(jnp.finfo(x.dtype).dtype)
+
+
+def promoted(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays in the dtype that products of them have, also where JAX is told to be strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*xs)
+    return tuple(x.astype(dtype) for x in xs)
 
 
 def abs_square(x: jax.Array) -> jax.Array:
@@ -79,7 +94,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
     """
     check_matrices("normalize", x)
     scaled, _ = unit_max(x, check.number("normalize: eps", eps, "[0, inf)", static=True))
-    return scaled / norm_of_scaled(scaled)
+    return scaled / norm_of_scaled(scaled).astype(scaled.dtype)
 
 
 def unit_max(x: jax.Array, eps: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -107,22 +122,23 @@ def _largest(x: jax.Array, eps: float) -> jax.Array:
     # Not the magnitude of a complex entry, which may overflow.
     size = jnp.maximum(abs(x.real), abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     scale = jnp.max(size, axis=(-2, -1), keepdims=True, initial=0)
-    return scale * (scale > max(eps, float(jnp.finfo(x.dtype).tiny)))  # a NaN stays
+    counts = scale > max(eps, float(jnp.finfo(x.dtype).tiny))
+    return scale * counts.astype(scale.dtype)  # a NaN stays
 
 
 def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Quotient of an array and sizes of any magnitude, zero where the size is zero."""
     # XLA multiplies by the reciprocal, which is flushed to zero for a scale beyond 2**126: so both
     # are divided by four. An infinite divisor avoids 0 / 0, in the gradient too.
-    less = 1 - 0.75 * (scale > 1)
+    less = 1 - 0.75 * (scale > 1).astype(scale.dtype)
     divisor = lax.select(scale == 0, jnp.full_like(scale, jnp.inf), scale * less)
-    return (x * less) / divisor
+    return (x * less.astype(x.dtype)) / divisor.astype(x.dtype)
 
 
 def norm_of_scaled(scaled: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix that `unit_max` returns; 1 for a zero matrix."""
     squares = jnp.sum(jnp.real(scaled * jnp.conj(scaled)), axis=(-2, -1), keepdims=True)
-    return jnp.sqrt(squares + (squares == 0))
+    return jnp.sqrt(squares + (squares == 0).astype(squares.dtype))
 
 
 def norm_with_gradient(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from orthax.base.leaves import on_a_mesh
+from orthax.base.varying import vary_as
 
 
 class Rule(NamedTuple):
@@ -106,9 +107,10 @@ def _product(
     flat = [jnp.pad(z.reshape(-1, m, n), padding) for z in (x, y)]
     lower = np.tril_indices(rows // tiles.side)
     body = functools.partial(_tile, precision=precision, tiles=tiles)
+    shape = (len(flat[0]), rows, rows)
     result = pallas.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((len(flat[0]), rows, rows), x.dtype),
+        out_shape=jax.eval_shape(lambda: vary_as(jnp.zeros(shape, x.dtype), flat)),
         grid=(len(lower[0]), len(flat[0])),
         interpret=interpret,
         name="hermitian_product",

@@ -4,7 +4,7 @@ In training a matrix changes little: a vector that is kept follows with one iter
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.base.leaves import check_array, check_matrices
+from orthax.base.varying import vary_as
 from orthax.linalg.elementary import constant_unit_max, divided, norm_with_gradient
 
 
@@ -66,7 +67,8 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     # gradient of s = u^H x v is u v^H with u and v held constant, as their own change is orthogonal
     # to them: so nothing flows back through the iteration, and it needs no memory for that.
     scaled, scale = constant_unit_max(x)
-    start = start_vector("spectral_norm", vector, (*x.shape[:-2], x.shape[-1]), scaled.dtype)
+    shape = (*x.shape[:-2], x.shape[-1])
+    start = start_vector("spectral_norm", vector, shape, scaled.dtype, scaled)
     fixed = lax.stop_gradient(scaled)
     v = power_iteration(lambda v: times(fixed.mT.conj(), times(fixed, v)), start, steps - 1)
     image = times(fixed, v)
@@ -78,7 +80,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
     # (u, v) / sqrt(2) is nearly an eigenvector of [[0, x], [x^H, 0]], whose eigenvalues are the
     # singular values and their negatives: with |x v| it misses by residual / sqrt(2), so one lies
     # within that of |x v|. From `norm` the distance is greater by the difference of the two.
-    residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None] * v)
+    residual = vector_norm(lax.stop_gradient(adjoint) - smaller[..., None].astype(v.dtype) * v)
     distance = residual / np.sqrt(2).astype(residual.dtype) + lax.stop_gradient(norm) - smaller
     # Of a vector that the matrix maps to zero, no more is known than the norm of the matrix.
     whole = norm_with_gradient(fixed)
@@ -90,20 +92,23 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
 
 
 def start_vector(
-    call: str, vector: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype
+    call: str, vector: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype, like: Any
 ) -> jax.Array:
-    """The given vector at unit length, or a fixed random one where it is zero or not finite."""
+    """The given vector at unit length, or a fixed random one where it is zero or not finite.
+
+    `like` is the matrix that will multiply it.
+    """
     # The same for all matrices of a batch, so that each is treated as if alone.
     normal = jax.random.normal(jax.random.key(0), shape[-1:], jnp.finfo(dtype).dtype)
     direction = normal.astype(dtype)
-    fixed = jnp.broadcast_to(direction, shape)
+    fixed = vary_as(jnp.broadcast_to(direction, shape), like)
     fixed = unit(fixed, fixed)
     if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
         return fixed
     check_array(call, vector, "vector")
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
-    vector = lax.stop_gradient(jnp.asarray(vector).astype(dtype))
+    vector = vary_as(lax.stop_gradient(jnp.asarray(vector).astype(dtype)), like)
     usable = jnp.all(jnp.isfinite(vector), axis=-1, keepdims=True)
     return unit(jnp.where(usable, vector, fixed), fixed)
 

@@ -79,7 +79,7 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
         check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         shape = (*w.shape[:-2], min(w.shape[-2:]))
-        return start_vector(call, None, shape, wide_dtype(w.dtype))
+        return start_vector(call, None, shape, wide_dtype(w.dtype), w)
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_matrices(call, w, "w")
@@ -92,7 +92,7 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
 
         # Only the last application is differentiated, as the derivative of an eigenvalue takes.
         fixed = lax.stop_gradient(y)
-        start = start_vector(call, vector, y.shape[:-1], y.dtype)
+        start = start_vector(call, vector, y.shape[:-1], y.dtype, y)
         v = power_iteration(lambda v: deviation_times(v, fixed), start, steps - 1)
         image = deviation_times(v, y)
         norm = vector_norm(image)

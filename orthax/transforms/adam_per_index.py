@@ -8,8 +8,8 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.base.leaves import keep_dtypes, zeros_like
-from orthax.linalg.elementary import abs_square, wide
+from orthax.base.leaves import keep_dtypes, zeros_beside, zeros_like
+from orthax.linalg.elementary import abs_square, number_for, wide, wide_dtype
 from orthax.transforms.low_rank.frames import projected_axis
 
 
@@ -74,22 +74,27 @@ def scale_by_adam_per_index(
     check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
 
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
-        zeros = zeros_like(x)
         # One number for each index, that is for each place along the projected axis.
         other = -1 if projected_axis(x.shape) == -2 else -2
-        weight = jnp.sum(wide(zeros.real), axis=other, keepdims=True)
-        return zeros.astype(mu_dtype or x.dtype), zeros.real, weight, jnp.zeros_like(weight)
+        shape, axes = list(x.shape), list(range(len(x.shape)))
+        shape[other], axes[other] = 1, None
+        real = jnp.finfo(x.dtype).dtype
+        weights = (zeros_beside(x, tuple(shape), tuple(axes), wide_dtype(real)) for _ in range(2))
+        return zeros_like(x, mu_dtype), zeros_like(x, real), *weights
 
     def scaled(
         g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any, b1: Any, b2: Any, eps: Any
     ) -> tuple[Any, ...]:
         # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
         # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
+        g, mu, nu = wide(g), wide(mu), wide(nu)
+        b1, b2, eps = (number_for(g, number) for number in (b1, b2, eps))
         mu = (1 - b1) * g + b1 * mu
         nu = (1 - b2) * abs_square(g) + b2 * nu
         mu_weight = (1 - b1) + b1 * mu_weight
         nu_weight = (1 - b2) + b2 * nu_weight
-        direction = mu / mu_weight / (jnp.sqrt(nu / nu_weight) + eps)
+        size = jnp.sqrt(nu / nu_weight) + eps
+        direction = mu / mu_weight.astype(mu.dtype) / size.astype(mu.dtype)
         return direction, mu, nu, mu_weight, nu_weight
 
     kept = each_matrix(

@@ -6,6 +6,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import SMALL, each_matrix
+from orthax.linalg.elementary import wide
 from orthax.linalg.quantile import quantile_of_magnitude
 
 
@@ -41,11 +42,14 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
     check.number("clip_by_quantile: quantile", quantile, "[0, 1]")
 
     def clipped(x: jax.Array, quantile: jax.typing.ArrayLike) -> jax.Array:
-        limit, size = quantile_of_magnitude(x, quantile), jnp.abs(x)
+        limit = quantile_of_magnitude(x, quantile)
+        x = wide(x)
+        size = jnp.abs(x)
         if jnp.iscomplexobj(x):
             # Neither the magnitude of what is left overflows nor its reciprocal underflows.
-            less = x * jnp.where(size > 1, 2.0**-4, 1.0)
-            outside = less * (limit / jnp.where(size > 0, jnp.abs(less), 1))
+            less = x * jnp.where(size > 1, 2.0**-4, 1.0).astype(x.dtype)
+            factor = limit / jnp.where(size > 0, jnp.abs(less), 1)
+            outside = less * factor.astype(x.dtype)
         else:
             outside = jnp.copysign(limit, x)
         # With a NaN as limit every entry is outside.

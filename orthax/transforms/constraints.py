@@ -130,7 +130,7 @@ def keep_unit_neurons(
     over = _AXES[axis]
 
     def normalized(x: jax.Array, like: jax.Array, radius: jax.typing.ArrayLike) -> jax.Array:
-        return jnp.multiply(radius, _unit_or(x, like, over))
+        return jnp.asarray(radius, x.dtype) * _unit_or(x, like, over)
 
     return _kept("keep_unit_neurons", normalized, (radius,))
 
@@ -171,7 +171,7 @@ def keep_norm(radius: jax.typing.ArrayLike | None = None) -> optax.GradientTrans
 
     def normalized(x: jax.Array, like: jax.Array, radius: Any) -> jax.Array:
         norm = _size(like, (-2, -1)) if radius is None else radius
-        return jnp.multiply(norm, _unit_or(x, like, (-2, -1)))
+        return jnp.asarray(norm, x.dtype) * _unit_or(x, like, (-2, -1))
 
     return _kept("keep_norm", normalized, (radius,))
 

@@ -9,7 +9,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import SMALL, each_matrix
-from orthax.linalg.elementary import norm_of_scaled, unit_max
+from orthax.linalg.elementary import norm_of_scaled, number_for, unit_max, wide
 
 MODES = ("paper", "code", "rms")
 _EPS = 1e-8  # the paper's; R is at least 1
@@ -62,8 +62,10 @@ def scale_by_cosh_rms(
         units = math.sqrt(math.prod(x.shape[-2:])) if mode == "rms" else 1
         largest_is_one, _ = unit_max(x)
         norm = norm_of_scaled(largest_is_one)
-        brake = _brake(largest_is_one, gamma * units / norm)
-        return x * brake if mode == "code" else largest_is_one * (brake / norm)
+        brake = _brake(largest_is_one, number_for(norm, gamma) * units / norm)
+        if mode == "code":
+            return wide(x) * brake.astype(largest_is_one.dtype)
+        return largest_is_one * (brake / norm).astype(largest_is_one.dtype)
 
     return each_matrix("scale_by_cosh_rms", scaled, numbers=(gamma,), share=SMALL)
 

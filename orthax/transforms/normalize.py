@@ -8,8 +8,8 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.base.leaves import zeros_like
-from orthax.linalg.elementary import frobenius_norm, unit_max
+from orthax.base.leaves import zeros_beside
+from orthax.linalg.elementary import frobenius_norm, number_for, unit_max, wide, wide_dtype
 
 _AXES = ("output", "long")
 
@@ -67,28 +67,40 @@ def normalize_neurons(
     check.number("normalize_neurons: eps", eps, "[0, inf)")
     check.choice("normalize_neurons: axis", axis, _AXES)
 
+    def along(x: Any) -> int:
+        """The axis of a neuron's entries: a neuron is a column; a row in the paper, with W^T."""
+        return -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
+
+    def first_rms(x: Any) -> jax.Array:
+        shape, axes = list(x.shape), list(range(len(x.shape)))
+        shape[along(x)], axes[along(x)] = 1, None
+        real = jnp.finfo(wide_dtype(x.dtype)).dtype
+        return zeros_beside(x, tuple(shape), tuple(axes), real)
+
     def rms_of_neurons(x: jax.Array) -> jax.Array:
-        # A neuron is a column, of entries along axis -2; a row in the paper, which has W^T.
-        over = -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
+        over = along(x)
         scaled, scale = unit_max(x)
         squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
         return scale * jnp.sqrt(squares / max(1, x.shape[over]))
 
     def evened(x: Any, rms: Any, decay: Any, eps: Any) -> tuple[jax.Array, jax.Array]:
+        x = wide(x)
+        decay, eps = number_for(x, decay), number_for(x, eps)
         # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
         # squares that overflow.
         old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
-        rms = jnp.hypot(old, new).astype(rms.dtype)
+        rms = jnp.hypot(old, new)
         # Algorithm 1, the division by its root, entry by entry.
-        divided = x / (rms + eps)
+        divided = x / (rms + eps).astype(x.dtype)
         # The norm that the matrix had, as in the official code; the paper scales to its own.
         before, after = frobenius_norm(x), frobenius_norm(divided)
-        return divided * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0), rms
+        factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+        return divided * factor.astype(x.dtype), rms
 
     return each_matrix(
         "normalize_neurons",
         evened,
         numbers=(decay, eps),
-        init=lambda x: (rms_of_neurons(zeros_like(x)),),
+        init=lambda x: (first_rms(x),),
         state_type=NormalizeNeuronsState,
     )

@@ -18,8 +18,9 @@ from orthax.base.leaves import (
     path_text,
     replicate_beside,
 )
+from orthax.base.varying import vary_as
 from orthax.base.with_memory import WithMemory, check_measure
-from orthax.linalg.elementary import wide
+from orthax.linalg.elementary import number_for, promoted, wide
 from orthax.matrices.path_rules import PathRules
 from orthax.matrices.reports import report_unmatched
 
@@ -98,7 +99,7 @@ def add_penalty(
             if not isinstance(value, WithMemory):
                 return optax.MaskedNode()
             first = _naming(path, value.init, leaf)
-            return jax.tree.map(lambda x: replicate_beside(x, leaf), first)
+            return jax.tree.map(lambda x: vary_as(replicate_beside(x, leaf), leaf), first)
 
         report_unmatched(_CALL, penalty, params)
         memories = jax.tree_util.tree_map_with_path(memory, params)
@@ -121,7 +122,9 @@ def add_penalty(
             if value is not None and u is not None:
                 # In the gradient's dtype, whatever the penalty's and the strength's are.
                 gradient, memory = _naming(path, _gradient, value, w, memory)
-                u = jnp.asarray(u + factor * gradient).astype(jnp.result_type(u))
+                u = jnp.asarray(u)
+                sum_of_both = sum(promoted(u, number_for(gradient, factor) * gradient))
+                u = jnp.asarray(sum_of_both).astype(u.dtype)
             results.append(u)
             kept.append(memory)
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -14,7 +14,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.linalg.elementary import normalize
+from orthax.linalg.elementary import normalize, number_for
 
 _DIRECTIONS = ("orthogonal", "unit_norm")
 
@@ -95,8 +95,9 @@ def scale_to_rms(rms: jax.typing.ArrayLike = 0.2) -> optax.GradientTransformatio
     check.number("scale_to_rms: rms", rms, "[0, inf)")
 
     def scaled(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
-        norm = rms * math.sqrt(math.prod(x.shape[-2:]))
-        return jnp.multiply(norm, normalize(x))
+        unit = normalize(x)
+        norm = number_for(unit, rms) * math.sqrt(math.prod(x.shape[-2:]))
+        return jnp.asarray(norm, unit.dtype) * unit
 
     return each_matrix("scale_to_rms", scaled, numbers=(rms,))
 
@@ -105,6 +106,7 @@ def _scale_by_shape(
     call: str, factor: Callable[[int, int], float], rms: jax.typing.ArrayLike = 1
 ) -> optax.GradientTransformation:
     def factors(x: jax.Array, rms: jax.typing.ArrayLike) -> jax.Array:
-        return jnp.broadcast_to(rms * factor(*x.shape[-2:]), x.shape).astype(x.dtype)
+        number = jnp.asarray(rms * factor(*x.shape[-2:])).astype(x.dtype)
+        return jnp.broadcast_to(number, x.shape)
 
     return each_matrix(call, jnp.multiply, numbers=(rms,), per_shape=factors)

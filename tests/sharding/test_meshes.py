@@ -229,6 +229,60 @@ def test_momentum_lies_where_its_parameter_lies(mesh):
     assert len(found) > 8
 
 
+def state_without_values(transformation, params):
+    """The state for leaves whose values are gone: to read them raises an error."""
+    for x in jax.tree.leaves(params):
+        x.delete()
+    return transformation.init(params)
+
+
+# The batch axes of a leaf, and what is the same for all of a row or column, by the leaf's spec.
+LIES = {
+    "indices": lambda spec: P(*spec[:-2], None),
+    "columns": lambda spec: P(*spec[:-2], None, None),
+    "per_column": lambda spec: P(*spec[:-2], None, spec[-1]),
+    "per_row": lambda spec: P(*spec[:-2], spec[-2], None),
+    "alike": lambda spec: P(*spec),
+    "low": lambda spec: P(*spec[:-2], spec[-2], None),  # of tall matrices
+}
+STATES = {
+    "normalize_neurons": {"rms": "per_column"},
+    "low_rank(dct)": {"subspaces": "indices", "mu": "low", "residuals": "alike"},
+    "low_rank(dct3)": {"subspaces": "indices", "codes": "alike", "scale": "per_row"},
+    "low_rank(hadamard)": {"codes": "per_row", "zero": "per_row"},
+    "low_rank(svd)": {"subspaces": "columns", "nu": "low", "residuals": "alike"},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_starts_where_its_leaf_lies_and_reads_no_leaf(name, mesh):
+    layout = {
+        "stack": {"kernel": ((4, 8, 6), P("x", None, "y"))},
+        "both": ((16, 8), P("x", "y")),
+        "rows": ((16, 8), P(("x", "y"), None)),
+    }
+    if name == "low_rank(hadamard)":
+        del layout["stack"]
+    params = put(mesh, layout, normal_tree(layout, 0))
+    state = state_without_values(TRANSFORMS[name], params)
+    for field, kind in STATES[name].items():
+        found = optax.tree.get(state, field)
+        expected = map_leaves(
+            lambda leaf, kind=kind: NamedSharding(
+                mesh, LIES[kind]((*leaf[1], *(None,) * (len(leaf[0]) - len(leaf[1]))))
+            ),
+            layout,
+        )
+        for x, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), (field, x.sharding, sharding)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "trion", "dct_adamw"])
+def test_init_of_an_optimizer_reads_no_leaf(name, mesh):
+    layout = {"stack": {"Dense_0": {"kernel": MATRICES["stack"]["Dense_0"]["kernel"]}}}
+    state_without_values(OPTIMIZERS[name], put(mesh, layout, normal_tree(layout, 0)))
+
+
 WRAPPED = {
     "plain": OPTIMIZERS["normuon"],
     "injected": optax.inject_hyperparams(orthax.normuon)(0.1, weight_decay=0.1, **OPTIONS),

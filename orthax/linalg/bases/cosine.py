@@ -167,4 +167,4 @@ def _turns(x: jax.Array) -> jax.Array:
     scale = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
     turns = scale * np.exp(0.5j * np.pi * k / n)
     turns = np.reshape(turns, (*(1,) * (x.ndim - 1), -1))
-    return jnp.asarray(turns, jnp.promote_types(x.dtype, jnp.complex64))
+    return jnp.asarray(turns, np.result_type(x.dtype, np.complex64))

@@ -55,6 +55,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
         return x
     tall = x.shape[-2] > x.shape[-1]
     y, units = unit_max(x.mT if tall else x)
+    units = units.astype(y.dtype)
     tolerance = float(jnp.finfo(y.dtype).eps) * np.sqrt(y.shape[-2])
 
     def step(y: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +74,8 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
     r = gram(y, lax.Precision.HIGHEST)
     size = frobenius_norm(r)
     near = frobenius_norm(less_identity(jnp.square(units) * r)) < 1
-    factor = jnp.where(near, units, 1 / jnp.sqrt(jnp.where(size == 0, 1, size)))
+    root = jnp.sqrt(jnp.where(size == 0, 1, size))
+    factor = jnp.where(near, units, (1 / root).astype(y.dtype))
     state = (1, *step(factor * y, jnp.square(factor) * r))
 
     def unfinished(state: Any) -> jax.Array:

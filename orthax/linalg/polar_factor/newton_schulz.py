@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -115,7 +116,8 @@ def compute_dtype(x_dtype: DTypeLike, requested: DTypeLike | None) -> DTypeLike:
     if requested is None:
         return wide_dtype(x_dtype) if jax.default_backend() == "cpu" else x_dtype
     if jnp.issubdtype(x_dtype, jnp.complexfloating):  # a real dtype means that of the parts
-        return jnp.promote_types(requested, jnp.complex64)
+        real = wide_dtype(jnp.finfo(requested).dtype)
+        return np.result_type(real, np.complex64)
     return requested
 
 

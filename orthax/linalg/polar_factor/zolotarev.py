@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
+from orthax.base.varying import vary_as
 from orthax.linalg.elementary import gram, norm_of_scaled, unit_max
 
 # SciPy's elliptic functions take 1 - lower**2, which keeps 4 digits of it here and none at 1e-8.
@@ -187,11 +188,17 @@ def _polar(x: jax.Array, degree: int, passes: int, lower: float | None) -> jax.A
             square = norm_of_scaled(r)
         # M (I + sum_j a_j (R + t_j I)^-1) X of X over its norm. X is not divided: the small factor
         # takes the reciprocal, which saves a pass over the long matrix.
-        factor = _rational_factor(r / square, function) * (function.scale / jnp.sqrt(square))
+        scale = function.scale / jnp.sqrt(square)
+        factor = _rational_factor(r / _in(r, square), function) * _in(r, scale)
         y = jnp.matmul(factor.astype(y.dtype), y, precision=lax.Precision.HIGHEST)
         # Values now lie up to 1 + error: the next pass divides by what that can be at most.
         square = (1 + function.error) ** 2
     return y.astype(x.dtype)
+
+
+def _in(x: jax.Array, numbers: ArrayLike) -> jax.Array:
+    """Real numbers in the dtype of x, which may be complex."""
+    return jnp.asarray(numbers, x.dtype)
 
 
 def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
@@ -202,9 +209,8 @@ def _rational_factor(r: jax.Array, function: SignFunction) -> jax.Array:
         residue, shift = pole
         return total + residue * inverse(r + shift * identity), None
 
-    real = jnp.finfo(r.dtype).dtype
-    poles = (jnp.asarray(function.residues, real), jnp.asarray(function.shifts, real))
-    total, _ = lax.scan(add, identity, poles)  # one program for all poles
+    poles = (_in(r, function.residues), _in(r, function.shifts))
+    total, _ = lax.scan(add, vary_as(identity, r), poles)  # one program for all poles
     return total
 
 

@@ -20,6 +20,7 @@ from orthax.base.leaves import (
     path_text,
     replicate_beside,
     spec_of,
+    zeros_beside,
 )
 from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
@@ -44,10 +45,35 @@ class Frame:
         """The axis that is projected, -2 or -1."""
         return projected_axis(self.shape)
 
-    def first(self, x: jax.Array) -> Any:
-        """What a state keeps of the subspace before there was a gradient."""
-        run = self._run(lambda subspace, x: subspace.first(self._turned(x), self.rank), self._kept)
-        return run(self.subspace, x)
+    def first(self, x: Any) -> Any:
+        """What a state keeps of the subspace before there was a gradient, beside the leaf x."""
+        one = self.subspace.first(self.shape[self.axis], self.rank, wide_dtype(x.dtype))
+        if isinstance(one, optax.MaskedNode):
+            return one
+        batch, whole = self.shape[:-2], one.shape
+        axes = (*range(len(batch)), *(None for _ in whole))
+        zeros = zeros_beside(x, (*batch, *whole), axes, one.dtype)
+        return zeros + one.reshape(*(1 for _ in batch), *whole)
+
+    def first_low(self, x: Any) -> Any:
+        """Zeros in the place of the coordinates of the leaf x, or x where it is left whole."""
+        if isinstance(self.subspace, Whole):
+            return x
+        axes: list[int | None] = list(range(len(self.shape)))
+        axes[self.axis] = None
+        return zeros_beside(x, self.low_shape, tuple(axes), x.dtype)
+
+    def first_quantized(self, x: Any, bits: int) -> Quantized:
+        """The zeros of a leaf like x in a few bits an entry."""
+        columns = self.shape[-1] if bits == 8 else (self.shape[-1] + 1) // 2
+        axes = tuple(range(len(self.shape)))
+        last = axes[-1] if bits == 8 else None
+        codes = zeros_beside(x, (*self.shape[:-1], columns), (*axes[:-1], last), jnp.uint8)
+        scale, zero = (
+            zeros_beside(x, (*self.shape[:-1], 1), (*axes[:-1], None), wide_dtype(x.dtype))
+            for _ in range(2)
+        )
+        return Quantized(codes, scale, zero)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""

@@ -10,7 +10,8 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes, zeros_like
-from orthax.linalg.elementary import RANKINGS, wide
+from orthax.base.varying import cond
+from orthax.linalg.elementary import RANKINGS, number_for, wide
 from orthax.linalg.quantization import BITS
 from orthax.transforms.low_rank.frames import (
     Frame,
@@ -20,7 +21,12 @@ from orthax.transforms.low_rank.frames import (
     random_matrices,
 )
 from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
-from orthax.transforms.low_rank.quantized import ROUNDINGS, dequantize_leaves, quantize_leaves
+from orthax.transforms.low_rank.quantized import (
+    ROUNDINGS,
+    dequantize_leaves,
+    in_one,
+    quantize_leaves,
+)
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
 
@@ -93,17 +99,19 @@ def projected(
         leaves, structure = jax.tree.flatten(params)
         bases = random_matrices(params, rank, kind) if basis == "random" else None
         frames = make_frames(params, rank, kind, bases)
-        zeros = [wide(zeros_like(x)) for x in leaves]
-        kept = [frame.first(x) for frame, x in zip(frames, zeros, strict=True)]
+        _check_complex(call, frames, leaves, buffer_dtype if retain is not None else None)
+        kept = [*map(Frame.first, frames, leaves)]
         # What inner keeps is as large as the coordinates, not as the params.
-        low = structure.unflatten(map(_projected, frames, leaves, kept))
-        inner_state = inner.init(low)
+        inner_state = inner.init(structure.unflatten(map(Frame.first_low, frames, leaves)))
         check_inner_state(call, inner, inner_state, structure.unflatten(frames))
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
-            dtypes = [None if bits else buffer_dtype or x.dtype for x in leaves]
-            residuals = save(frames, zeros, dtypes, structure, count)
+            if bits is None:
+                residuals = structure.unflatten([zeros_like(x, buffer_dtype) for x in leaves])
+            else:
+                parts = [f.first_quantized(x, bits) for f, x in zip(frames, leaves, strict=True)]
+                residuals = in_one(parts, structure)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
 
     def update(
@@ -138,7 +146,7 @@ def projected(
         if update_every == 1:
             new, low, inner_state = choose()
         else:  # between choices, as GaLore does, only the coordinates are new
-            new, low, inner_state = jax.lax.cond(state.count % update_every == 0, choose, keep)
+            new, low, inner_state = cond(state.count % update_every == 0, choose, keep)
 
         # inner sees gradients and params of rank r, in the dtypes that it would see of whole ones.
         low = [x.astype(g.dtype) for x, g in zip(low, gradients, strict=True)]
@@ -161,7 +169,7 @@ def projected(
         residuals = None
         if retain is not None:
             left = [
-                x - (1 - retain) * frame.expand(wide(coordinates), kept)
+                x - (1 - number_for(x, retain)) * frame.expand(wide(coordinates), kept)
                 for frame, x, coordinates, kept in zip(frames, xs, low, new, strict=True)
             ]
             # In the dtype it had: gradients may come in another one than the params.
@@ -175,14 +183,9 @@ def projected(
 
 
 def _projected(frame: Frame, x: Any, kept: Any) -> Any:
-    """Coordinates of params, in their dtype; of a `ShapeDtypeStruct`, the same of them."""
-
-    def projected(x: jax.Array, kept: Any) -> jax.Array:
-        return frame.project(wide(x), kept).astype(x.dtype)
-
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(projected, x, kept)
-    return projected(jnp.asarray(x), kept)
+    """Coordinates of params, in their dtype."""
+    x = jnp.asarray(x)
+    return frame.project(wide(x), kept).astype(x.dtype)
 
 
 def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
@@ -190,7 +193,7 @@ def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_d
     if buffer_dtype is None or jnp.issubdtype(buffer_dtype, jnp.complexfloating):
         return
     for frame, x in zip(frames, xs, strict=True):
-        if jnp.iscomplexobj(x):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{call}: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
             )

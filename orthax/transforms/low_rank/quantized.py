@@ -29,6 +29,11 @@ def quantize_leaves(
         frame.quantize(x, bits, _key(seed, frame.path, count))
         for frame, x in zip(frames, xs, strict=True)
     ]
+    return in_one(parts, structure)
+
+
+def in_one(parts: Sequence[Quantized], structure: Any) -> Quantized:
+    """A `Quantized` of trees of the given structure, from one for each leaf."""
     # A tuple of trees, not a tree of tuples: so `optax.tree.map_params` finds them.
     fields = range(len(Quantized._fields))
     return Quantized(*(structure.unflatten([part[i] for part in parts]) for i in fields))

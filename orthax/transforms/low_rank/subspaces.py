@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from orthax.linalg.bases.cosine import cosine_transform, dct_columns
 from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
-from orthax.linalg.elementary import largest_columns, unit_max
+from orthax.linalg.elementary import largest_columns, promoted, unit_max
 
 SELECTIONS = ("dct", "dct3", "random", "hadamard", "columns")
 ADAPTIVE = ("svd", "subspace")
@@ -47,10 +48,9 @@ class Selection:
         places = jnp.broadcast_to(indices[..., None, :], low.shape)
         return jnp.put_along_axis(zeros, places, low, axis=-1, inplace=False)
 
-    def first(self, x: jax.Array, rank: int) -> jax.Array:
-        """What a state holds before anything was chosen for matrices like x."""
-        # Computed, so that it lies where x does.
-        return largest_columns(jnp.zeros_like(x), rank, "l2")
+    def first(self, _n: int, rank: int, _dtype: Any) -> Any:
+        """What a state holds for a matrix before anything was chosen: the first columns."""
+        return np.arange(rank, dtype=np.int32)
 
     def choose(self, x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The indices that suit x best, and the coordinates of x there."""
@@ -120,11 +120,10 @@ class Adaptive:
     refresh: Callable[[jax.Array, jax.Array], jax.Array]
     key: jax.Array
 
-    def first(self, x: jax.Array, rank: int) -> jax.Array:
-        """What a state holds before anything was chosen for matrices like x."""
-        columns, _ = jnp.linalg.qr(jax.random.normal(self.key, (x.shape[-1], rank), x.dtype))
-        zeros = jnp.zeros_like(_product(x[..., :1, :].mT, x[..., :1, :rank]))
-        return zeros + jnp.broadcast_to(columns, zeros.shape)
+    def first(self, n: int, rank: int, dtype: Any) -> Any:
+        """What a state holds for a matrix before anything was chosen: random columns."""
+        columns, _ = jnp.linalg.qr(jax.random.normal(self.key, (n, rank), dtype))
+        return columns
 
     def choose(self, x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The new columns, and the coordinates of x there."""
@@ -159,7 +158,7 @@ class Adaptive:
 class Whole:
     """No subspace: of matrices whose rank is not above the one that is asked for."""
 
-    def first(self, _x: jax.Array, _rank: int) -> optax.MaskedNode:
+    def first(self, _n: int, _rank: int, _dtype: Any) -> Any:
         """Nothing is kept."""
         return optax.MaskedNode()
 
@@ -242,4 +241,4 @@ def _power_step(x: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y.astype(jnp.promote_types(x.dtype, y.dtype)), precision="highest")
+    return jnp.matmul(*promoted(x, y), precision="highest")
