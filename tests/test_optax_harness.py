@@ -9,6 +9,7 @@ import collections
 import inspect
 import re
 import unittest
+import warnings
 
 import jax
 import pytest
@@ -55,7 +56,9 @@ class TestHarness(harness(OPTIMIZERS)):
         single_device = "chex_skip_pmap_variant_if_single_device"  # optax 0.2.6 tests with chex
         if single_device in flags.FLAGS:
             monkeypatch.setattr(flags.FLAGS[single_device], "value", False)
-        with jax.numpy_rank_promotion("allow"):
+        with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+            # Its params are tuples of arrays of one, two and three axes.
+            warnings.filterwarnings("ignore", ".*leaves such as .* have no names", UserWarning)
             yield
 
     def _callTestMethod(self, method):

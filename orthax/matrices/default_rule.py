@@ -65,7 +65,7 @@ def _never_a_matrix(
         return f"named '{leaf}' in a stack: vectors"
     if _is_vector(shape) and not names.is_weight(leaf):
         return _VECTOR
-    small = len(shape) == 2 and min(shape) < _SMALLEST_SIDE and not siblings.is_lifted(path)
+    small = len(shape) == 2 and 0 < min(shape) < _SMALLEST_SIDE and not siblings.is_lifted(path)
     if names.is_depthwise(leaf) or names.is_depthwise(parent):
         return "depthwise by its name: channels are not mixed"
     if small:
@@ -78,7 +78,7 @@ def _never_a_matrix(
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
-    return sum(size > 1 for size in shape) < 2
+    return sum(size != 1 for size in shape) < 2
 
 
 def _reading(

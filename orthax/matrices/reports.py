@@ -31,6 +31,8 @@ def unmatched(rules: Any, tree: Any) -> list[str]:
     keyed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
     leaves = [path_text(keys) for keys, leaf in keyed if not is_masked(leaf)]
     masked = [path_text(keys) for keys, leaf in keyed if is_masked(leaf)]
+    if not leaves:  # a tree without arrays, or all masked away, has nothing that a rule could name
+        return []
     said = []
     for compiled, (pattern, _) in zip(rules.compiled, rules.rules, strict=True):
         if isinstance(pattern, WrittenForModel) or any(map(compiled.search, leaves)):
