@@ -12,7 +12,7 @@ import jax
 
 def varying_axes(x: Any) -> frozenset[Any]:
     """The manual mesh axes over which an array, or its `ShapeDtypeStruct`, differs."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if hasattr(kind, "vma"):  # JAX up to 0.9
         return frozenset(kind.vma or ())
     found = getattr(kind, "manual_axis_type", None)
@@ -34,7 +34,8 @@ def vary_as(tree: Any, *like: Any) -> Any:
             return x
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(x, missing, to="varying")
-        return jax.lax.pvary(x, missing)  # JAX up to 0.8
+        pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009 JAX up to 0.8; newer stubs lack it
+        return pvary(x, missing)
 
     return jax.tree.map(cast, tree)
 

@@ -108,9 +108,9 @@ def start_vector(
     check_array(call, vector, "vector")
     if np.shape(vector) != shape:
         raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
-    vector = vary_as(lax.stop_gradient(jnp.asarray(vector).astype(dtype)), like)
-    usable = jnp.all(jnp.isfinite(vector), axis=-1, keepdims=True)
-    return unit(jnp.where(usable, vector, fixed), fixed)
+    given: jax.Array = vary_as(lax.stop_gradient(jnp.asarray(vector).astype(dtype)), like)
+    usable = jnp.all(jnp.isfinite(given), axis=-1, keepdims=True)
+    return unit(jnp.where(usable, given, fixed), fixed)
 
 
 def vector_norm(v: jax.Array) -> jax.Array:

@@ -76,7 +76,8 @@ def scale_by_adam_per_index(
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
         # One number for each index, that is for each place along the projected axis.
         other = -1 if projected_axis(x.shape) == -2 else -2
-        shape, axes = list(x.shape), list(range(len(x.shape)))
+        shape = list(x.shape)
+        axes: list[int | None] = list(range(len(shape)))
         shape[other], axes[other] = 1, None
         real = jnp.finfo(x.dtype).dtype
         weights = (zeros_beside(x, tuple(shape), tuple(axes), wide_dtype(real)) for _ in range(2))

@@ -72,7 +72,8 @@ def normalize_neurons(
         return -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
 
     def first_rms(x: Any) -> jax.Array:
-        shape, axes = list(x.shape), list(range(len(x.shape)))
+        shape = list(x.shape)
+        axes: list[int | None] = list(range(len(shape)))
         shape[along(x)], axes[along(x)] = 1, None
         real = jnp.finfo(wide_dtype(x.dtype)).dtype
         return zeros_beside(x, tuple(shape), tuple(axes), real)
