@@ -32,7 +32,7 @@ def auon(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AuON, a drop-in for `optax.adamw(learning_rate)`.
+    r"""AuON, called as `optax.adamw(learning_rate)` is.
 
     Momentum through `orthax.scale_by_cosh_rms(gamma, mode)`. Nothing is orthogonalised: the paper's
     is momentum of unit Frobenius norm, the repository's SGD with Nesterov momentum, both to within

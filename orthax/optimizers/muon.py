@@ -31,7 +31,7 @@ def muon(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon, a drop-in for `optax.adamw(learning_rate)`.
+    r"""Muon, called as `optax.adamw(learning_rate)` is.
 
     For each matrix :math:`M \leftarrow \mu M + G`, then
     :math:`W \leftarrow W - \eta \, (s \, \mathrm{polar}(G + \mu M) + \lambda W)` with the shape

@@ -33,7 +33,7 @@ def normuon(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""NorMuon, a drop-in for `optax.adamw(learning_rate)`.
+    r"""NorMuon, called as `optax.adamw(learning_rate)` is.
 
     Muon with `orthax.normalize_neurons(decay)` between orthogonalisation and shape scale. It
     differs from Muon where orthogonalisation leaves neurons uneven: in matrices with more neurons

@@ -36,7 +36,7 @@ def root(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ROOT, a drop-in for `optax.adamw(learning_rate)`.
+    r"""ROOT, called as `optax.adamw(learning_rate)` is.
 
     Muon with `orthax.clip_by_quantile(quantile)` before orthogonalisation, whose result then does
     not turn towards a few huge entries, and a Newton-Schulz table for each matrix shape. Clipping
