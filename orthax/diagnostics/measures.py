@@ -9,9 +9,11 @@ from orthax.base import check
 from orthax.base.leaves import check_matrices
 from orthax.base.with_memory import WithMemory
 from orthax.linalg.elementary import (
+    constant_unit_max,
     frobenius_norm,
     gram_deviation,
     norm_with_gradient,
+    root,
     unit_max,
     wide_dtype,
 )
@@ -116,7 +118,8 @@ def effective_rank(w: jax.Array) -> jax.Array:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
 
     Returns:
-      Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition.
+      Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition. Its
+      gradient leaves out singular values that are zero, where the slope is infinite.
 
     Raises:
       ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
@@ -128,9 +131,10 @@ def effective_rank(w: jax.Array) -> jax.Array:
     check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
     total = jnp.sum(s, axis=-1, keepdims=True)
-    # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. xlogy takes 0 log 0 for 0.
+    # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. 0 log 0 is 0, with slope 0:
+    # the one-sided slope is infinite there.
     p = s / jnp.where(total == 0, 1, total)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+    entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0, 1, p)), axis=-1)
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
 
 
@@ -141,7 +145,8 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
 
     Returns:
-      Shape (...,), real; 0 where all columns have equal length, and for a zero matrix.
+      Shape (...,), real; 0 where all columns have equal length, and for a zero matrix, and there
+      its gradient is 0 too.
 
     Raises:
       ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
@@ -152,9 +157,10 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
     """
     check_matrices("neuron_norm_spread", w, "w")
     # Every column, which is one neuron, as a matrix of its own.
-    lengths = frobenius_norm(unit_max(w)[0].mT[..., None])[..., 0, 0]
-    mean = jnp.mean(lengths, axis=-1)
-    return jnp.std(lengths, axis=-1) / jnp.where(mean == 0, 1, mean)
+    lengths = norm_with_gradient(constant_unit_max(w)[0].mT[..., None])
+    mean = jnp.mean(lengths, axis=-1, keepdims=True)
+    deviation = root(jnp.mean(jnp.square(lengths - mean), axis=-1))
+    return deviation / jnp.where(mean == 0, 1, mean)[..., 0]
 
 
 def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
@@ -183,7 +189,7 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
     # Of norms that are zero the limits: no update is 0 of anything, an update of nothing infinite.
     ours, theirs = frobenius_norm(update)[..., 0, 0], frobenius_norm(weight)[..., 0, 0]
     ratio = ours / jnp.where(theirs == 0, 1, theirs)
-    return jnp.where(theirs == 0, jnp.where(ours == 0, 0, jnp.inf), ratio)
+    return jnp.where(theirs == 0, jnp.where(ours == 0, ours, jnp.inf), ratio)
 
 
 def warm_spectral_norm(steps: int = 1) -> WithMemory:

@@ -13,7 +13,12 @@ from jax import lax
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
-from orthax.linalg.elementary import constant_unit_max, frobenius_norm, unit_max
+from orthax.linalg.elementary import (
+    constant_unit_max,
+    frobenius_norm,
+    unit_max,
+    weighted_hypot,
+)
 
 
 def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
@@ -97,7 +102,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         below = jnp.where(row > j, column, 0)
         head = lax.dynamic_index_in_dim(column, j, axis=-2)
         tail = frobenius_norm(below)
-        length = jnp.hypot(head, tail)
+        length = weighted_hypot(head, tail)
         # head - length without cancellation: -tail^2 / (head + length) where head is positive
         # (algorithm 5.1.1). A column on its positive axis gives zero and is not reflected; without
         # that, every product of k reflections would have the determinant (-1)^k.
