@@ -18,7 +18,7 @@ FUNCTIONS = {
     "newton_schulz": linalg.newton_schulz,
     "gram_newton_schulz": linalg.gram_newton_schulz,
     "zolotarev": functools.partial(linalg.zolotarev, degree=3, passes=2),
-    "zolotarev of one": lambda x: linalg.zolotarev(x[0]),
+    "zolotarev of one": lambda x: linalg.zolotarev(jnp.asarray(x)[0]),
     "polar": linalg.polar,
     "polar_svd": linalg.polar_svd,
     "nearest_orthogonal": linalg.nearest_orthogonal,
@@ -53,7 +53,7 @@ FUNCTIONS = {
     "stable_rank": diagnostics.stable_rank,
     "effective_rank": diagnostics.effective_rank,
     "neuron_norm_spread": diagnostics.neuron_norm_spread,
-    "update_to_weight_ratio": lambda x: diagnostics.update_to_weight_ratio(x, 2 * x),
+    "update_to_weight_ratio": lambda x: diagnostics.update_to_weight_ratio(x, 2 * jnp.asarray(x)),
     "warm_spectral_norm": with_memory(diagnostics.warm_spectral_norm(steps=3)),
 }
 OTHERS = {  # no function of an array

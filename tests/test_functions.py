@@ -6,11 +6,15 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from function_cases import FUNCTIONS, OTHERS
 from helpers import normal
 from test_contract import precision
 
+import orthax
+import orthax.nn
 from orthax import conv_penalties, diagnostics, linalg, penalties
 
 # Steps that depend on values have no reverse-mode derivative, and indices have none.
@@ -85,10 +89,55 @@ def test_gradients_are_finite_where_norms_are_zero_and_lengths_equal():
 
 
 class Variable:
-    """Something with an array in it, as `nnx.Param` is."""
+    """Something with an array in it."""
 
     def __init__(self, value):
         self.value = value
 
     def __jax_array__(self):
         return self.value
+
+
+def program(function, *arguments):
+    return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*arguments)))
+
+
+@pytest.mark.parametrize("box", [Variable, nnx.Param])
+@every_function
+def test_a_variable_is_taken_for_its_array(name, box):
+    function = FUNCTIONS[name]
+    assert program(lambda x: function(box(x)), X) == program(function, X)
+
+
+@pytest.mark.parametrize("box", [Variable, nnx.Param])
+def test_all_arrays_of_a_call_may_be_variables(box):
+    for function in (
+        diagnostics.update_to_weight_ratio,
+        linalg.householder_projector,
+        functools.partial(linalg.spectral_norm, X),
+    ):
+        arguments = (X, X) if not isinstance(function, functools.partial) else (X[:, 0],)
+        boxed = lambda *xs, f=function: f(*map(box, xs))  # noqa: E731
+        assert program(boxed, *arguments) == program(function, *arguments)
+    radius = box(jnp.float32(0.5))
+    expected = penalties.lambda_orthogonality(X, 0.5, 2.0)
+    assert penalties.lambda_orthogonality(X, radius, box(jnp.float32(2))) == expected
+    memory = diagnostics.warm_spectral_norm()
+    norm, _ = memory.apply(box(X), box(memory.init(box(X))))
+    assert norm.shape == (2,)
+    layer = orthax.nn.HouseholderLinear.from_kernel(box(X[0]), box(X[0, 0]))
+    assert layer.kernel.shape == (5, 4)
+
+
+@pytest.mark.parametrize("call", ["dct", "idct", "trion", "low_rank"])
+def test_a_cosine_matrix_that_is_too_long_is_refused_in_the_name_of_the_call(call):
+    x = jax.ShapeDtypeStruct((2**15 + 1, 2**15 + 2), jnp.float32)
+    run = {
+        "dct": lambda x: linalg.dct(x, method="matrix"),
+        "idct": lambda x: linalg.idct(x, method="matrix"),
+        "trion": lambda x: orthax.trion(0.1, 8).init({"w": x}),
+        "low_rank": lambda x: orthax.low_rank(optax.trace(0.9), 8).init({"w": x}),
+    }[call]
+    name = f"{call}: " if "dct" in call else f"{call}: 'w'"
+    with pytest.raises(ValueError, match=f"^{name}.*at most 32768"):
+        jax.eval_shape(run, x)

@@ -76,12 +76,21 @@ def matrix_leaves(call: str, tree: optax.Params) -> tuple[list[Any], list["Place
     return [x for _, x in keyed], places, structure
 
 
-def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.inexact) -> None:
-    """Raises unless `x` is an array of floating matrices (of a kind), shape (..., m, n)."""
+def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.inexact) -> Any:
+    """The array that came, or an error unless it is of floating matrices (of a kind)."""
+    x = value_of(x)
     check_array(call, x, argument, kind=kind)
     if x.ndim < 2:
         has = f"{argument} has shape {x.shape}"
         raise ValueError(f"{call}: {has}; matrices need at least two axes.")
+    return x
+
+
+def value_of(x: Any) -> Any:
+    """The array in an `nnx.Param` or whatever else has `__jax_array__`; all else as it is."""
+    if isinstance(x, (jax.Array, type)) or not hasattr(x, "__jax_array__"):
+        return x
+    return value_of(x.__jax_array__())
 
 
 def check_array(call: str, x: Any, argument: str, *, kind: Any = jnp.inexact) -> None:

@@ -43,7 +43,7 @@ def orthogonality_error(
       3.0
     """
     call = "orthogonality_error"
-    check_matrices(call, w, "w")
+    w = check_matrices(call, w, "w")
     check.choice(f"{call}: norm", norm, _NORMS)
     # Eigenvalues and not singular values: the deviation is Hermitian, so they cost less.
     deviation = gram_deviation(w)
@@ -68,7 +68,7 @@ def singular_values(w: jax.Array) -> jax.Array:
       >>> print(singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])))
       [3. 2.]
     """
-    check_matrices("singular_values", w, "w")
+    w = check_matrices("singular_values", w, "w")
     scaled, scale = unit_max(w)
     return jnp.linalg.svd(scaled, compute_uv=False) * scale[..., 0]
 
@@ -98,7 +98,7 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
       >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))).round(4))
       1.5
     """
-    check_matrices("stable_rank", w, "w")
+    w = check_matrices("stable_rank", w, "w")
     check.integer("stable_rank: steps", steps)
     # The ratio of norms is squared, not the norms: these may be out of the range of squares.
     scaled, _ = unit_max(w)
@@ -128,7 +128,7 @@ def effective_rank(w: jax.Array) -> jax.Array:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
       2.0
     """
-    check_matrices("effective_rank", w, "w")
+    w = check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
     total = jnp.sum(s, axis=-1, keepdims=True)
     # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. 0 log 0 is 0, with slope 0:
@@ -155,7 +155,7 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       >>> print(neuron_norm_spread(jnp.array([[3.0, 1.0], [4.0, 0.0]])).round(4))
       0.6667
     """
-    check_matrices("neuron_norm_spread", w, "w")
+    w = check_matrices("neuron_norm_spread", w, "w")
     # Every column, which is one neuron, as a matrix of its own.
     lengths = norm_with_gradient(constant_unit_max(w)[0].mT[..., None])
     mean = jnp.mean(lengths, axis=-1, keepdims=True)
@@ -181,8 +181,8 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
       0.5
     """
     call = "update_to_weight_ratio"
-    check_matrices(call, update, "update")
-    check_matrices(call, weight, "weight")
+    update = check_matrices(call, update, "update")
+    weight = check_matrices(call, weight, "weight")
     if update.shape != weight.shape:
         shapes = f"{update.shape} and {weight.shape}"
         raise ValueError(f"{call}: update and weight must have one shape, got {shapes}.")
@@ -216,12 +216,12 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
     check.integer(f"{call}: steps", steps)
 
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         return start_vector(call, None, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         vector = start_vector(call, vector, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector

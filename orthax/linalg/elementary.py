@@ -69,7 +69,7 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
       [[5.e-30]]
     """
-    check_matrices("frobenius_norm", x)
+    x = check_matrices("frobenius_norm", x)
     scaled, scale = unit_max(x)
     return scale * norm_of_scaled(scaled)
 
@@ -92,7 +92,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """
-    check_matrices("normalize", x)
+    x = check_matrices("normalize", x)
     scaled, _ = unit_max(x, check.number("normalize: eps", eps, "[0, inf)", static=True))
     return scaled / norm_of_scaled(scaled).astype(scaled.dtype)
 
@@ -188,7 +188,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
       >>> print(top_columns(jnp.array([[1.0, -3.0, 2.0, 3.0]]), 2))
       [1 3]
     """
-    check_matrices("top_columns", x)
+    x = check_matrices("top_columns", x)
     rank = check.integer("top_columns: rank", rank, f"[1, {x.shape[-1]}]")
     check.choice("top_columns: order", order, RANKINGS)
     return largest_columns(x, rank, order)

@@ -50,7 +50,7 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
       [[ 1.  0.]
        [ 0. -1.]]
     """
-    check_matrices("nearest_orthogonal", x)
+    x = check_matrices("nearest_orthogonal", x)
     if x.size == 0:
         return x
     tall = x.shape[-2] > x.shape[-1]
