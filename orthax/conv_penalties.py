@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from orthax.base import check
+from orthax.base.leaves import value_of
 from orthax.linalg import convolution
 from orthax.linalg.elementary import abs_square, less_identity, wide
 
@@ -81,7 +82,7 @@ def convolution_orthogonality(
       >>> print(convolution_orthogonality(shift), convolution_orthogonality(2 * shift))
       0.0 18.0
     """
-    call = "convolution_orthogonality"
+    call, kernel = "convolution_orthogonality", value_of(kernel)
     check.flag(f"{call}: transposed", transposed)
     if transposed and getattr(kernel, "ndim", 0) > 1:
         if check.integer(f"{call}: groups", groups) != 1:

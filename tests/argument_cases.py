@@ -567,6 +567,7 @@ CALLS = (
         b1=number("[0, 1)"),
         b2=number("[0, 1)"),
         eps=number("[0, inf)"),
+        eps_root=number("[0, inf)"),
         mu_dtype=dtype(),
     ),
     call(
@@ -655,6 +656,7 @@ CALLS = (
         b1=number("[0, 1)"),
         b2=number("[0, 1)"),
         eps=number("[0, inf)"),
+        eps_root=number("[0, inf)"),
         error_feedback=flag(),
         bias_correction=choice("per_index", "global"),
         mu_dtype=dtype(),

@@ -128,7 +128,7 @@ CASES = (
         "scale_by_adam_per_index",
         orthax.scale_by_adam_per_index,
         {"b2": 0.99},  # 0.999 is 1 in bfloat16
-        numbers=("b1", "b2", "eps"),
+        numbers=("b1", "b2", "eps", "eps_root"),
     ),
     Case("low_rank", orthax.low_rank, low_rank()),
     Case(

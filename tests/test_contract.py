@@ -244,6 +244,46 @@ def test_nothing_is_nan_on_the_way(case):
         update(zeros, transformation.init(zeros), zeros)
 
 
+# In the others the steps are those of these.
+differentiated = [
+    case for case in CASES if not case.any_tree or case.name in ("normuon", "dct_adamw")
+]
+# Loops whose length depends on values, and decompositions, have no derivative to speak of.
+without_gradient = ("keep_orthogonal", "orthogonalize(polar_svd)", "low_rank(svd)")
+without_gradient += ("low_rank(subspace)",)
+
+
+@each([case for case in differentiated if case.name not in without_gradient])
+def test_gradients_through_an_update_are_finite_where_neurons_are_dead(case):
+    # Optax's Adam has none at a moment of zero without `eps_root`.
+    options = without_adam(case)
+    if "inner" in options:
+        options["inner"] = optax.scale_by_adam(eps_root=1e-8)
+    transformation = case.build(**options)
+    if case.numbers:
+        transformation = case.injected(**case.values(), **options)
+    params, (g,) = params_of(case), grads_of(case)
+    zeros = jax.tree.map(jnp.zeros_like, g)
+    column, row = (
+        jax.tree.map(lambda x, at=at: x.at[at].set(0) if x.ndim > 1 else x, g)
+        for at in (np.s_[..., 1], np.s_[..., 1, :])
+    )
+    state = transformation.init(params)
+    numbers = state.hyperparams if case.numbers else {}
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    def slopes(numbers, g, params, state):
+        state = state._replace(hyperparams=numbers) if case.numbers else state
+        updates, state = transformation.update(g, state, params)
+        return sum(jnp.sum(jnp.sin(x + 1)) for x in jax.tree.leaves(updates)), state
+
+    for gradient in (g, column, row, zeros):
+        first, after = slopes(numbers, gradient, params, state)
+        second, _ = slopes(numbers, gradient, params, after)
+        assert_finite((first, second))
+
+
 # --- arguments
 
 

@@ -657,3 +657,20 @@ def test_scalars_of_a_traced_state_are_refused_by_name():
     with pytest.raises(TypeError, match="'error/up/kernel' is traced"):
         step(params)
     assert scalars(optax.sgd(0.1).init(params)) == {}
+
+
+# --- gradients of measures
+
+
+def test_gradients_at_equal_lengths_and_of_rank_deficient_matrices():
+    for w in (jnp.eye(4, 3), jnp.ones((3, 3)), jnp.zeros((3, 2))):
+        np.testing.assert_array_equal(jax.grad(neuron_norm_spread)(w), np.zeros(w.shape))
+    np.testing.assert_array_equal(jax.grad(effective_rank)(jnp.zeros((3, 2))), np.zeros((3, 2)))
+    # exp(H) of the shares p of the singular values: its slope along s_i is -e^H (log p_i + H) / S.
+    p = np.array([0.75, 0.25])
+    entropy = -np.sum(p * np.log(p))
+    expected = np.zeros((3, 3))
+    expected[:2, :2] = np.diag(-np.exp(entropy) * (np.log(p) + entropy) / 4)
+    found = jax.grad(effective_rank)(jnp.diag(jnp.array([3.0, 1.0, 0.0])))
+    np.testing.assert_allclose(found[:2, :2], expected[:2, :2], atol=1e-6)
+    assert np.isfinite(found).all()

@@ -14,8 +14,6 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
-from orthax.base.varying import vary_as
-
 Path = tuple[str | int, ...]
 """Components of a leaf's path; integers are positions in lists and tuples."""
 
@@ -76,12 +74,21 @@ def matrix_leaves(call: str, tree: optax.Params) -> tuple[list[Any], list["Place
     return [x for _, x in keyed], places, structure
 
 
-def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.inexact) -> None:
-    """Raises unless `x` is an array of floating matrices (of a kind), shape (..., m, n)."""
+def check_matrices(call: str, x: Any, argument: str = "x", *, kind: Any = jnp.inexact) -> Any:
+    """The array that came, or an error unless it is of floating matrices (of a kind)."""
+    x = value_of(x)
     check_array(call, x, argument, kind=kind)
     if x.ndim < 2:
         has = f"{argument} has shape {x.shape}"
         raise ValueError(f"{call}: {has}; matrices need at least two axes.")
+    return x
+
+
+def value_of(x: Any) -> Any:
+    """The array in an `nnx.Param` or whatever else has `__jax_array__`; all else as it is."""
+    if isinstance(x, (jax.Array, type)) or not hasattr(x, "__jax_array__"):
+        return x
+    return value_of(x.__jax_array__())
 
 
 def check_param(call: str, path: str, x: Any) -> None:
@@ -242,34 +249,6 @@ def on_a_mesh(x: jax.Array) -> bool:
 def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
     """The entries of a sharding's spec, one for each of an array's axes."""
     return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
-
-
-def zeros_beside(
-    x: Any, shape: tuple[int, ...], axes: tuple[int | None, ...], dtype: Any
-) -> jax.Array:
-    """Zeros that lie along the axes of an array, or a `ShapeDtypeStruct`, as it does.
-
-    `axes` has for each axis of the zeros that of `x` which it follows, or None where it is whole on
-    each device. The values of `x` are not read: a state starts without work between devices.
-    """
-    traced = isinstance(x, Tracer)
-    sharding = explicit_sharding(x) if traced else getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        spec = spec_of(sharding, len(x.shape))
-        spec = [None if axis is None else spec[axis] for axis in axes]
-        sharding = sharding.update(spec=PartitionSpec(*spec))
-    elif traced or not getattr(x, "committed", False):
-        sharding = None
-    if traced:
-        zeros = jnp.zeros(shape, dtype)
-        zeros = zeros if sharding is None else jax.sharding.reshard(zeros, sharding)
-        return vary_as(zeros, x)
-    return jnp.zeros(shape, dtype, device=sharding)
-
-
-def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
-    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says; None: of its dtype."""
-    return zeros_beside(x, x.shape, tuple(range(len(x.shape))), dtype or x.dtype)
 
 
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:

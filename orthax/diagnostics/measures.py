@@ -9,9 +9,11 @@ from orthax.base import check
 from orthax.base.leaves import check_matrices
 from orthax.base.with_memory import WithMemory
 from orthax.linalg.elementary import (
+    constant_unit_max,
     frobenius_norm,
     gram_deviation,
     norm_with_gradient,
+    root,
     unit_max,
     wide_dtype,
 )
@@ -41,7 +43,7 @@ def orthogonality_error(
       3.0
     """
     call = "orthogonality_error"
-    check_matrices(call, w, "w")
+    w = check_matrices(call, w, "w")
     check.choice(f"{call}: norm", norm, _NORMS)
     # Eigenvalues and not singular values: the deviation is Hermitian, so they cost less.
     deviation = gram_deviation(w)
@@ -66,7 +68,7 @@ def singular_values(w: jax.Array) -> jax.Array:
       >>> print(singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])))
       [3. 2.]
     """
-    check_matrices("singular_values", w, "w")
+    w = check_matrices("singular_values", w, "w")
     scaled, scale = unit_max(w)
     return jnp.linalg.svd(scaled, compute_uv=False) * scale[..., 0]
 
@@ -96,7 +98,7 @@ def stable_rank(w: jax.Array, steps: int = 30) -> jax.Array:
       >>> print(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))).round(4))
       1.5
     """
-    check_matrices("stable_rank", w, "w")
+    w = check_matrices("stable_rank", w, "w")
     check.integer("stable_rank: steps", steps)
     # The ratio of norms is squared, not the norms: these may be out of the range of squares.
     scaled, _ = unit_max(w)
@@ -116,7 +118,8 @@ def effective_rank(w: jax.Array) -> jax.Array:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
 
     Returns:
-      Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition.
+      Shape (...,), real, between 1 and min(m, n); 0 for a zero matrix. Takes a decomposition. Its
+      gradient leaves out singular values that are zero, where the slope is infinite.
 
     Raises:
       ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
@@ -125,12 +128,13 @@ def effective_rank(w: jax.Array) -> jax.Array:
       >>> print(effective_rank(jnp.diag(jnp.array([5.0, 5.0, 0.0]))).round(4))
       2.0
     """
-    check_matrices("effective_rank", w, "w")
+    w = check_matrices("effective_rank", w, "w")
     s = singular_values(unit_max(w)[0])
     total = jnp.sum(s, axis=-1, keepdims=True)
-    # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. xlogy takes 0 log 0 for 0.
+    # A zero matrix has no shares to sum: its rank is 0, not exp(0) = 1. 0 log 0 is 0, with slope 0:
+    # the one-sided slope is infinite there.
     p = s / jnp.where(total == 0, 1, total)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+    entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0, 1, p)), axis=-1)
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
 
 
@@ -141,7 +145,8 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       w: Matrices, shape (..., m, n), real or complex floating. Any scale.
 
     Returns:
-      Shape (...,), real; 0 where all columns have equal length, and for a zero matrix.
+      Shape (...,), real; 0 where all columns have equal length, and for a zero matrix, and there
+      its gradient is 0 too.
 
     Raises:
       ValueError: If `w` has fewer than two axes; TypeError: if `w` is not floating.
@@ -150,11 +155,12 @@ def neuron_norm_spread(w: jax.Array) -> jax.Array:
       >>> print(neuron_norm_spread(jnp.array([[3.0, 1.0], [4.0, 0.0]])).round(4))
       0.6667
     """
-    check_matrices("neuron_norm_spread", w, "w")
+    w = check_matrices("neuron_norm_spread", w, "w")
     # Every column, which is one neuron, as a matrix of its own.
-    lengths = frobenius_norm(unit_max(w)[0].mT[..., None])[..., 0, 0]
-    mean = jnp.mean(lengths, axis=-1)
-    return jnp.std(lengths, axis=-1) / jnp.where(mean == 0, 1, mean)
+    lengths = norm_with_gradient(constant_unit_max(w)[0].mT[..., None])
+    mean = jnp.mean(lengths, axis=-1, keepdims=True)
+    deviation = root(jnp.mean(jnp.square(lengths - mean), axis=-1))
+    return deviation / jnp.where(mean == 0, 1, mean)[..., 0]
 
 
 def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
@@ -175,15 +181,15 @@ def update_to_weight_ratio(update: jax.Array, weight: jax.Array) -> jax.Array:
       0.5
     """
     call = "update_to_weight_ratio"
-    check_matrices(call, update, "update")
-    check_matrices(call, weight, "weight")
+    update = check_matrices(call, update, "update")
+    weight = check_matrices(call, weight, "weight")
     if update.shape != weight.shape:
         shapes = f"{update.shape} and {weight.shape}"
         raise ValueError(f"{call}: update and weight must have one shape, got {shapes}.")
     # Of norms that are zero the limits: no update is 0 of anything, an update of nothing infinite.
     ours, theirs = frobenius_norm(update)[..., 0, 0], frobenius_norm(weight)[..., 0, 0]
     ratio = ours / jnp.where(theirs == 0, 1, theirs)
-    return jnp.where(theirs == 0, jnp.where(ours == 0, 0, jnp.inf), ratio)
+    return jnp.where(theirs == 0, jnp.where(ours == 0, ours, jnp.inf), ratio)
 
 
 def warm_spectral_norm(steps: int = 1) -> WithMemory:
@@ -210,12 +216,12 @@ def warm_spectral_norm(steps: int = 1) -> WithMemory:
     check.integer(f"{call}: steps", steps)
 
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         return start_vector(call, None, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         vector = start_vector(call, vector, (*w.shape[:-2], w.shape[-1]), wide_dtype(w.dtype), w)
         norm, vector, _ = spectral_norm(w, vector, steps)
         return norm, vector

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from orthax.base import check
-from orthax.base.leaves import check_array
+from orthax.base.leaves import check_array, value_of
 from orthax.linalg.elementary import wide
 
 PADDINGS = ("CIRCULAR", "SAME", "VALID", "CAUSAL")
@@ -41,6 +41,7 @@ def geometry_of(
     call: str, kernel: jax.Array, strides: PerAxis, dilation: PerAxis, groups: int
 ) -> Geometry:
     """Geometry of a layer with a kernel (*spatial, inputs / groups, outputs), or raises."""
+    kernel = value_of(kernel)
     check_array(call, kernel, "kernel")
     if kernel.ndim not in _SPATIAL:
         accepted = (
@@ -182,7 +183,7 @@ def convolution_matrix(
     call = "convolution_matrix"
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     size = per_axis(call, "input_size", input_size, len(geometry.kernel_size))
-    return _matrix(call, jnp.asarray(kernel), size, geometry, padding)
+    return _matrix(call, jnp.asarray(value_of(kernel)), size, geometry, padding)
 
 
 def convolution_singular_values(
@@ -227,7 +228,7 @@ def convolution_singular_values(
     call = "convolution_singular_values"
     geometry = geometry_of(call, kernel, strides, dilation, groups)
     size = per_axis(call, "input_size", input_size, len(geometry.kernel_size))
-    kernel = wide(jnp.asarray(kernel))
+    kernel = wide(jnp.asarray(value_of(kernel)))
     if pads_of(call, padding, geometry, size) is None:
         check_circle(call, geometry, size)
         matrices = _matrices_by_frequency(kernel, size, geometry)

@@ -69,7 +69,7 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
       >>> print(frobenius_norm(jnp.array([[3e-30, 4e-30]])))
       [[5.e-30]]
     """
-    check_matrices("frobenius_norm", x)
+    x = check_matrices("frobenius_norm", x)
     scaled, scale = unit_max(x)
     return scale * norm_of_scaled(scaled)
 
@@ -92,7 +92,7 @@ def normalize(x: jax.Array, eps: float = 0.0) -> jax.Array:
       >>> print(normalize(jnp.array([[3e-30, 4e-30]])))
       [[0.6 0.8]]
     """
-    check_matrices("normalize", x)
+    x = check_matrices("normalize", x)
     scaled, _ = unit_max(x, check.number("normalize: eps", eps, "[0, inf)", static=True))
     return scaled / norm_of_scaled(scaled).astype(scaled.dtype)
 
@@ -145,8 +145,22 @@ def norm_with_gradient(x: jax.Array) -> jax.Array:
     """Frobenius norm of each matrix, shape (...,), whose gradient at zero is zero and not NaN."""
     scaled, scale = constant_unit_max(x)
     squares = jnp.sum(abs_square(scaled), axis=(-2, -1))
-    # At zero the root has no slope: its argument is replaced before, as NaN passes a `where` after.
-    return scale[..., 0, 0] * jnp.sqrt(jnp.where(squares == 0, 1, squares))
+    return scale[..., 0, 0] * root(squares)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """Square roots of numbers of at least zero, with slope zero at zero, where they have none."""
+    # The argument is replaced before the root, as the NaN of 0 / 0 passes a `where` after it.
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+
+
+def weighted_hypot(
+    a: jax.Array, b: jax.Array, of_a: ArrayLike = 1, of_b: ArrayLike = 1
+) -> jax.Array:
+    """Root of of_a a^2 + of_b b^2, no square of which overflows; slopes are finite, at zero too."""
+    size = lax.stop_gradient(jnp.maximum(jnp.abs(a), jnp.abs(b)))
+    a, b = divided(a, size), divided(b, size)
+    return size * root(jnp.asarray(of_a * jnp.square(a) + of_b * jnp.square(b)))
 
 
 def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> jax.Array:
@@ -174,7 +188,7 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
       >>> print(top_columns(jnp.array([[1.0, -3.0, 2.0, 3.0]]), 2))
       [1 3]
     """
-    check_matrices("top_columns", x)
+    x = check_matrices("top_columns", x)
     rank = check.integer("top_columns: rank", rank, f"[1, {x.shape[-1]}]")
     check.choice("top_columns: order", order, RANKINGS)
     return largest_columns(x, rank, order)

@@ -13,7 +13,12 @@ from jax import lax
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
-from orthax.linalg.elementary import constant_unit_max, frobenius_norm, unit_max
+from orthax.linalg.elementary import (
+    constant_unit_max,
+    frobenius_norm,
+    unit_max,
+    weighted_hypot,
+)
 
 
 def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
@@ -42,7 +47,7 @@ def householder_product(v: jax.Array, columns: int | None = None) -> jax.Array:
       <https://doi.org/10.1145/1141885.1141886>.
     """
     call = "householder_product"
-    _check_tall(call, "v", v)
+    v = _check_tall(call, "v", v)
     n = v.shape[-2]
     columns = n if columns is None else check.integer(f"{call}: columns", columns, f"[1, {n}]")
     # I - Y T^-1 Y^T with T = triu(Y^T Y, 1) + diag(|y_i|^2) / 2, the UT form of Joffrain et al. For
@@ -83,7 +88,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
       [[ 0. -1.]
        [ 1.  0.]]
     """
-    _check_tall("householder_vectors", "q", q)
+    q = _check_tall("householder_vectors", "q", q)
     if q.size == 0:
         return q
     a, _ = unit_max(q)
@@ -97,7 +102,7 @@ def householder_vectors(q: jax.Array) -> jax.Array:
         below = jnp.where(row > j, column, 0)
         head = lax.dynamic_index_in_dim(column, j, axis=-2)
         tail = frobenius_norm(below)
-        length = jnp.hypot(head, tail)
+        length = weighted_hypot(head, tail)
         # head - length without cancellation: -tail^2 / (head + length) where head is positive
         # (algorithm 5.1.1). A column on its positive axis gives zero and is not reflected; without
         # that, every product of k reflections would have the determinant (-1)^k.
@@ -137,8 +142,7 @@ def householder_projector(u: jax.Array, v: jax.Array) -> jax.Array:
        [ 0.  0.]]
     """
     call = "householder_projector"
-    for argument, x in {"u": u, "v": v}.items():
-        _check_tall(call, argument, x)
+    u, v = _check_tall(call, "u", u), _check_tall(call, "v", v)
     if (*u.shape[:-2], u.shape[-1]) != (*v.shape[:-2], v.shape[-1]):
         equal = "equal batch axes and numbers of columns"
         raise ValueError(f"{call}: u and v must have {equal}, got shapes {u.shape} and {v.shape}.")
@@ -164,7 +168,8 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
 
     Raises:
       ValueError: If `w` has fewer than two axes or `rank` is out of range.
-      TypeError: If `w` is not real floating, or `rank` no integer.
+      TypeError: If `w` is not real floating, or `rank` no integer. Gradients (`jnp.linalg.svd`'s)
+        are not finite for equal singular values.
 
     Example:
       >>> u, v = householder_factors(jnp.array([[0.0, 5.0], [0.1, 0.0]]), rank=1)
@@ -173,7 +178,7 @@ def householder_factors(w: jax.Array, rank: int | None = None) -> tuple[jax.Arra
        [0. 0.]]
     """
     call = "householder_factors"
-    check_matrices(call, w, "w", kind=jnp.floating)
+    w = check_matrices(call, w, "w", kind=jnp.floating)
     short = min(w.shape[-2:])
     rank = short if rank is None else check.integer(f"{call}: rank", rank, f"[1, {short}]")
     scaled, _ = unit_max(w)
@@ -192,8 +197,9 @@ def _unit_columns(v: jax.Array) -> jax.Array:
     return jnp.where(squares == 0, 0, v * lax.rsqrt(jnp.where(squares == 0, 1, squares)))
 
 
-def _check_tall(call: str, argument: str, x: Any) -> None:
-    check_matrices(call, x, argument, kind=jnp.floating)
+def _check_tall(call: str, argument: str, x: Any) -> Any:
+    x = check_matrices(call, x, argument, kind=jnp.floating)
     if x.shape[-2] < x.shape[-1]:
         accepted = "it must not have more columns than rows. Transpose a wide matrix"
         raise ValueError(f"{call}: {argument} has shape {x.shape}; {accepted}.")
+    return x

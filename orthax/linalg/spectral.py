@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from orthax.base import check
-from orthax.base.leaves import check_array, check_matrices
+from orthax.base.leaves import check_array, check_matrices, value_of
 from orthax.base.varying import vary_as
 from orthax.linalg.elementary import constant_unit_max, divided, norm_with_gradient
 
@@ -61,7 +61,7 @@ def spectral_norm(x: jax.Array, vector: jax.Array | None = None, steps: int = 1)
       >>> print(f"{norm:.2f} {error:.2f}")
       2.73 0.88
     """
-    check_matrices("spectral_norm", x)
+    x = check_matrices("spectral_norm", x)
     steps = check.integer("spectral_norm: steps", steps)
     # Power iteration on x^H x, whose leading eigenvector is the leading right singular vector. The
     # gradient of s = u^H x v is u v^H with u and v held constant, as their own change is orthogonal
@@ -105,10 +105,11 @@ def start_vector(
     fixed = unit(fixed, fixed)
     if vector is None:  # random, as any fixed unit vector may be orthogonal to the leading one
         return fixed
-    check_array(call, vector, "vector")
-    if np.shape(vector) != shape:
-        raise ValueError(f"{call}: vector must have shape {shape}, got {np.shape(vector)}.")
-    given: jax.Array = vary_as(lax.stop_gradient(jnp.asarray(vector).astype(dtype)), like)
+    array: jax.Array = value_of(vector)
+    check_array(call, array, "vector")
+    if array.shape != shape:
+        raise ValueError(f"{call}: vector must have shape {shape}, got {array.shape}.")
+    given: jax.Array = vary_as(lax.stop_gradient(jnp.asarray(array).astype(dtype)), like)
     usable = jnp.all(jnp.isfinite(given), axis=-1, keepdims=True)
     return unit(jnp.where(usable, given, fixed), fixed)
 

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from orthax import linalg
 from orthax.base import check
-from orthax.base.leaves import check_array
+from orthax.base.leaves import check_array, value_of
 
 _CALL = "orthax.nn.HouseholderLinear"
 
@@ -146,7 +146,7 @@ class HouseholderLinear(nnx.Module):
           [[0. 1.]
            [1. 0.]]
         """
-        call = f"{_CALL}.from_kernel"
+        call, kernel, bias = f"{_CALL}.from_kernel", value_of(kernel), value_of(bias)
         check_array(call, kernel, "kernel", kind=jnp.floating)
         if kernel.ndim != 2:
             raise ValueError(f"{call}: kernel must have two axes, got shape {kernel.shape}.")

@@ -21,6 +21,7 @@ def dct_adamw(
     b2: jax.typing.ArrayLike = 0.999,
     *,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     error_feedback: bool = False,
     basis: Literal["dct", "dct3", "random", "hadamard", "columns", "svd", "subspace"] = "dct",
     ranking: Literal["l1", "l2"] = "l2",
@@ -45,6 +46,7 @@ def dct_adamw(
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
+      eps_root: Added under the root, of the fallback too; see `orthax.scale_by_adam_per_index`.
       error_feedback: Whether what was left out is added to the next gradient, :math:`E = G + E - A
         Q_r^T`, for a buffer of the parameters' size; otherwise it is lost.
       basis: Of the projection; see `orthax.low_rank`, and for the two that follow. The paper's code
@@ -77,9 +79,10 @@ def dct_adamw(
     for argument, b in {"b1": b1, "b2": b2}.items():
         check.number(f"dct_adamw: {argument}", b, "[0, 1)")
     check.number("dct_adamw: eps", eps, "[0, inf)")
+    check.number("dct_adamw: eps_root", eps_root, "[0, inf)")
     check.floating_dtype("dct_adamw: mu_dtype", mu_dtype)
-    per_index = scale_by_adam_per_index(b1, b2, eps, mu_dtype=mu_dtype)
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    per_index = scale_by_adam_per_index(b1, b2, eps, eps_root=eps_root, mu_dtype=mu_dtype)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype=mu_dtype)
     low_rank = projected(
         "dct_adamw",
         per_index if bias_correction == "per_index" else keep_dtypes(adam),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices
+from orthax.base.leaves import check_matrices, value_of
 from orthax.linalg.elementary import abs_square, gram_deviation, norm_with_gradient
 
 
@@ -55,7 +55,7 @@ def double_soft_orthogonality(w: jax.Array) -> jax.Array:
       >>> print(double_soft_orthogonality(jnp.array([[2.0, 0.0]])))
       18.0
     """
-    check_matrices("double_soft_orthogonality", w, "w")
+    w = check_matrices("double_soft_orthogonality", w, "w")
     # Both sums are of (s^2 - 1)^2 over singular values s; the larger Gram matrix has |m - n|
     # eigenvalues 0 besides, each 1 from the identity.
     return 2 * soft_orthogonality(w)
@@ -123,6 +123,7 @@ def lambda_orthogonality(
       3.0 0.0
     """
     call = "lambda_orthogonality"
+    radius, sharpness = value_of(radius), value_of(sharpness)
     check.number(f"{call}: radius", radius, "[0, inf]")
     check.number(f"{call}: sharpness", sharpness, "[0, inf)")
     # Not squared, the norm has no gradient at orthogonal matrices, where training may well start.
@@ -135,5 +136,5 @@ def lambda_orthogonality(
 
 
 def _deviation(call: str, w: jax.Array) -> jax.Array:
-    check_matrices(call, w, "w")
+    w = check_matrices(call, w, "w")
     return gram_deviation(w)

@@ -76,13 +76,13 @@ def _restricted_isometry(call: str, steps: int, squared: bool) -> WithMemory:
     check.flag(f"{call}: squared", squared)
 
     def init(w: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         # Only shape and dtype of `w` are read: it may be a ShapeDtypeStruct.
         shape = (*w.shape[:-2], min(w.shape[-2:]))
         return start_vector(call, None, shape, wide_dtype(w.dtype), w)
 
     def apply(w: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        check_matrices(call, w, "w")
+        w = check_matrices(call, w, "w")
         y = short_side_first(w)
 
         # (Y Y^H - I) v by two products with vectors. The matrix is Hermitian but not positive, so

@@ -8,8 +8,9 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.base.leaves import keep_dtypes, zeros_beside, zeros_like
-from orthax.linalg.elementary import abs_square, number_for, wide, wide_dtype
+from orthax.base.leaves import keep_dtypes
+from orthax.base.zeros import zeros_beside, zeros_like
+from orthax.linalg.elementary import abs_square, divided, number_for, root, wide, wide_dtype
 from orthax.transforms.low_rank.frames import projected_axis
 
 
@@ -33,6 +34,7 @@ def scale_by_adam_per_index(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
+    eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Adam for `low_rank`, with an age for each index of the shorter axis.
@@ -47,6 +49,8 @@ def scale_by_adam_per_index(
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment.
+      eps_root: Added to the second moment, under the root: bounds the slope of the update where
+        gradients pass through it (meta-learning). At a moment of zero it is finite without.
       mu_dtype: Dtype of the first moment. None: the update's; float32 for float16.
 
     Returns:
@@ -55,8 +59,9 @@ def scale_by_adam_per_index(
         shorter (rows of a square matrix), as `low_rank` makes them; needs no params.
 
     Raises:
-      ValueError: If `b1` or `b2` is outside [0, 1), `eps` negative or `mu_dtype` not floating, or a
-        leaf has fewer than two axes; TypeError: if one is no number; for an integer leaf.
+      ValueError: If `b1` or `b2` is outside [0, 1), `eps` or `eps_root` negative, `mu_dtype` not
+        floating, or a leaf has fewer than two axes.
+      TypeError: If one is no number; for an integer leaf.
 
     Example:
       >>> tx = scale_by_adam_per_index()
@@ -71,6 +76,7 @@ def scale_by_adam_per_index(
     check.number(f"{call}: b1", b1, "[0, 1)")
     check.number(f"{call}: b2", b2, "[0, 1)")
     check.number(f"{call}: eps", eps, "[0, inf)")
+    check.number(f"{call}: eps_root", eps_root, "[0, inf)")
     check.floating_dtype(f"{call}: mu_dtype", mu_dtype)
 
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
@@ -84,21 +90,22 @@ def scale_by_adam_per_index(
         return zeros_like(x, mu_dtype), zeros_like(x, real), *weights
 
     def scaled(
-        g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any, b1: Any, b2: Any, eps: Any
+        g: Any, mu: Any, nu: Any, mu_weight: Any, nu_weight: Any, *numbers: Any
     ) -> tuple[Any, ...]:
         # Adam's moments (Kingma and Ba, Algorithm 1) and the weights that went into each of them:
         # `low_rank` sets both to zero for an index that it takes in, so it is as young as they say.
         g, mu, nu = wide(g), wide(mu), wide(nu)
-        b1, b2, eps = (number_for(g, number) for number in (b1, b2, eps))
+        b1, b2, eps, eps_root = (number_for(g, number) for number in numbers)
         mu = (1 - b1) * g + b1 * mu
         nu = (1 - b2) * abs_square(g) + b2 * nu
         mu_weight = (1 - b1) + b1 * mu_weight
         nu_weight = (1 - b2) + b2 * nu_weight
-        size = jnp.sqrt(nu / nu_weight) + eps
-        direction = mu / mu_weight.astype(mu.dtype) / size.astype(mu.dtype)
+        size = root(nu / nu_weight + eps_root) + eps
+        direction = divided(mu / mu_weight.astype(mu.dtype), size)
         return direction, mu, nu, mu_weight, nu_weight
 
+    numbers = (b1, b2, eps, eps_root)
     kept = each_matrix(
-        call, scaled, numbers=(b1, b2, eps), init=start, state_type=ScaleByAdamPerIndexState
+        call, scaled, numbers=numbers, init=start, state_type=ScaleByAdamPerIndexState
     )
     return keep_dtypes(kept, matrices_of=call)

@@ -47,7 +47,7 @@ def clip_by_quantile(quantile: jax.typing.ArrayLike = 0.9) -> optax.GradientTran
         size = jnp.abs(x)
         if jnp.iscomplexobj(x):
             # Neither the magnitude of what is left overflows nor its reciprocal underflows.
-            less = x * jnp.where(size > 1, 2.0**-4, 1.0).astype(x.dtype)
+            less = x * (1 - 15 / 16 * (size > 1).astype(x.dtype))
             factor = limit / jnp.where(size > 0, jnp.abs(less), 1)
             outside = less * factor.astype(x.dtype)
         else:

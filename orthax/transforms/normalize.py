@@ -8,8 +8,18 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.base.leaves import zeros_beside
-from orthax.linalg.elementary import frobenius_norm, number_for, unit_max, wide, wide_dtype
+from orthax.base.zeros import zeros_beside
+from orthax.linalg.elementary import (
+    abs_square,
+    divided,
+    frobenius_norm,
+    number_for,
+    root,
+    unit_max,
+    weighted_hypot,
+    wide,
+    wide_dtype,
+)
 
 _AXES = ("output", "long")
 
@@ -81,22 +91,21 @@ def normalize_neurons(
     def rms_of_neurons(x: jax.Array) -> jax.Array:
         over = along(x)
         scaled, scale = unit_max(x)
-        squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=over, keepdims=True)
-        return scale * jnp.sqrt(squares / max(1, x.shape[over]))
+        squares = jnp.sum(abs_square(scaled), axis=over, keepdims=True)
+        return scale * root(squares / max(1, x.shape[over]))
 
     def evened(x: Any, rms: Any, decay: Any, eps: Any) -> tuple[jax.Array, jax.Array]:
         x = wide(x)
         decay, eps = number_for(x, decay), number_for(x, eps)
         # Algorithm 1, the second moment: the root of decay * rms**2 + (1 - decay) * new**2, without
         # squares that overflow.
-        old, new = jnp.sqrt(decay) * rms, jnp.sqrt(1 - decay) * rms_of_neurons(x)
-        rms = jnp.hypot(old, new)
+        rms = weighted_hypot(rms, rms_of_neurons(x), decay, 1 - decay)
         # Algorithm 1, the division by its root, entry by entry.
-        divided = x / (rms + eps).astype(x.dtype)
+        even = divided(x, rms + eps)
         # The norm that the matrix had, as in the official code; the paper scales to its own.
-        before, after = frobenius_norm(x), frobenius_norm(divided)
+        before, after = frobenius_norm(x), frobenius_norm(even)
         factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
-        return divided * factor.astype(x.dtype), rms
+        return even * factor.astype(x.dtype), rms
 
     return each_matrix(
         "normalize_neurons",

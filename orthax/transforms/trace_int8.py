@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from orthax.base.each_matrix import each_matrix
-from orthax.base.leaves import check_matrix_leaves, in_dtypes_of, zeros_like
+from orthax.base.leaves import check_matrix_leaves, in_dtypes_of
+from orthax.base.zeros import zeros_beside, zeros_like
+from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
 
 BITS = 8
@@ -24,7 +26,10 @@ def trace_int8(
     """
 
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
-        return tuple(quantize(zeros_like(x), BITS))
+        # What `quantize` makes of zeros.
+        shape, axes = (*x.shape[:-1], 1), (*range(len(x.shape) - 1), None)
+        ends = (zeros_beside(x, shape, axes, wide_dtype(x.dtype)) for _ in range(2))
+        return zeros_like(x, jnp.uint8), *ends
 
     def step(g: Any, codes: Any, scale: Any, zero: Any, decay: Any) -> tuple[Any, ...]:
         # M <- mu M + G, of which G + mu M or M itself goes on in full precision.

@@ -13,11 +13,13 @@ import optax
 import oracles
 import pytest
 from contract_cases import CASES, normal_tree, shapes_of
+from function_cases import FUNCTIONS
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import orthax
-from orthax import conv_penalties, diagnostics, linalg, penalties
+from orthax import linalg
+from orthax.linalg import half_products
 
 DEVICES = 2
 TOLERANCE = 1e-4  # of the largest entry: another program, whose rounding orthogonalisers amplify
@@ -49,67 +51,11 @@ def on_each_device(function, mesh, *specs, out=P("d")):
 # --- functions
 
 
-def with_memory(memory):
-    return lambda w: memory.apply(w, memory.init(w))
-
-
-MATRICES = {
-    "frobenius_norm": linalg.frobenius_norm,
-    "normalize": linalg.normalize,
-    "top_columns": lambda x: linalg.top_columns(x, 2),
-    "newton_schulz": linalg.newton_schulz,
-    "gram_newton_schulz": linalg.gram_newton_schulz,
-    "zolotarev": functools.partial(linalg.zolotarev, degree=3, passes=2),
-    "zolotarev of one": lambda x: linalg.zolotarev(x[0]),
-    "polar": linalg.polar,
-    "polar_svd": linalg.polar_svd,
-    "nearest_orthogonal": linalg.nearest_orthogonal,
-    "spectral_norm": functools.partial(linalg.spectral_norm, steps=3),
-    "spectral_norm from a vector": lambda x: linalg.spectral_norm(x, jnp.ones((2, 4)), 3),
-    "dct by fft": functools.partial(linalg.dct, method="fft"),
-    "idct by fft": functools.partial(linalg.idct, method="fft"),
-    "dct": linalg.dct,
-    "idct": linalg.idct,
-    "householder_product": linalg.householder_product,
-    "householder_vectors": linalg.householder_vectors,
-    "householder_projector": lambda x: linalg.householder_projector(x, x),
-    "householder_factors": linalg.householder_factors,
-    "convolution_matrix": lambda x: linalg.convolution_matrix(x, 3),
-    "convolution_singular_values": lambda x: linalg.convolution_singular_values(x, 3),
-    "soft_orthogonality": penalties.soft_orthogonality,
-    "double_soft_orthogonality": penalties.double_soft_orthogonality,
-    "mutual_coherence": penalties.mutual_coherence,
-    "lambda_orthogonality": functools.partial(penalties.lambda_orthogonality, radius=1.0),
-    "spectral_restricted_isometry": penalties.spectral_restricted_isometry,
-    "warm_spectral_restricted_isometry": with_memory(
-        penalties.warm_spectral_restricted_isometry(steps=3)
-    ),
-    "convolution_orthogonality": conv_penalties.convolution_orthogonality,
-    "orthogonality_error": diagnostics.orthogonality_error,
-    "orthogonality_error spectral": functools.partial(
-        diagnostics.orthogonality_error, norm="spectral"
-    ),
-    "singular_values": diagnostics.singular_values,
-    "stable_rank": diagnostics.stable_rank,
-    "effective_rank": diagnostics.effective_rank,
-    "neuron_norm_spread": diagnostics.neuron_norm_spread,
-    "update_to_weight_ratio": lambda x: diagnostics.update_to_weight_ratio(x, 2 * x),
-    "warm_spectral_norm": with_memory(diagnostics.warm_spectral_norm(steps=3)),
-}
-OTHERS = {  # no function of an array
-    "SpectralNorm", "coefficients", "dct_matrix", "WithMemory", "orthogonal_convolution_exists",
-    "of_both", "of_params", "of_updates",
-}  # fmt: skip
-WITHOUT_GRADIENT = {"nearest_orthogonal", "top_columns"}
-# In JAX 0.7 the transpose of an FFT forgets over which axes its result varies.
-WITHOUT_GRADIENT |= {"dct by fft", "idct by fft"}
 STACKS = np.random.default_rng(0).standard_normal((DEVICES, 2, 5, 4)).astype(np.float32)
 
 
-def test_every_public_function_is_here():
-    modules = (linalg, penalties, conv_penalties, diagnostics)
-    names = {name for module in modules for name in module.__all__}
-    assert names == {name.partition(" ")[0] for name in MATRICES} | OTHERS
+# In JAX 0.7 the transpose of an FFT forgets over which axes its result varies.
+WITHOUT_GRADIENT = {"nearest_orthogonal", "top_columns", "dct by fft", "idct by fft"}
 
 
 @functools.cache
@@ -117,7 +63,7 @@ def functions_and_gradients(mesh):
     """By name, values inside and outside; one program each for all."""
 
     def values(stack):
-        return {name: function(stack) for name, function in MATRICES.items()}
+        return {name: function(stack) for name, function in FUNCTIONS.items()}
 
     def inside(stack):
         return jax.tree.map(lambda y: y[None], values(stack[0]))
@@ -127,9 +73,9 @@ def functions_and_gradients(mesh):
     return jax.jit(on_each_device(inside, mesh, P("d")))(STACKS), expected
 
 
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_loop_that_starts_from_constants_can_be_traced(name, mesh):
-    function = MATRICES[name]
+    function = FUNCTIONS[name]
 
     def inside(stack):
         return jax.tree.map(lambda y: y[None], function(stack[0]))
@@ -204,6 +150,14 @@ def test_updates_are_those_outside_and_leaves_that_are_equal_stay_so(case, mesh)
     for i, given in enumerate(zip(alone, gradients, strict=True)):
         mine = jax.tree.map(lambda u, spec, i=i: u if spec == P() else u[i], actual, specs)
         assert_close(mine, outside(*given))
+
+
+def test_the_kernel_says_over_which_axes_its_product_varies(mesh):
+    def product(x):
+        return half_products.by_kernel(x, x)
+
+    found = jax.eval_shape(on_each_device(product, mesh, P("d")), STACKS[:, 0])
+    assert found.shape == (DEVICES, 5, 5)
 
 
 def test_a_long_stack_is_cut_to_leaves_that_vary_and_leaves_that_do_not(mesh):

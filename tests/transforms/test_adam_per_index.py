@@ -123,3 +123,17 @@ def test_no_gradient_makes_no_step(leaf):
     zeros = jnp.zeros(SHAPES[leaf][0])
     for out, _ in steps(orthax.scale_by_adam_per_index(), [zeros, zeros]):
         assert not out.any()
+
+
+@pytest.mark.parametrize("eps_root", [0.0, 1e-4])
+def test_the_slope_of_the_first_update_is_that_of_its_formula(eps_root):
+    """g over sqrt(g^2 + eps_root) + eps; at g = 0 without `eps_root` the limit is 1 / eps."""
+    tx = orthax.scale_by_adam_per_index(eps=0.01, eps_root=eps_root)
+    g = np.array([[0.0, 0.3], [-0.2, 0.0]])
+    root = np.sqrt(g**2 + eps_root)
+    bend = np.divide(g**2, root, out=np.zeros_like(g), where=root > 0)
+    expected = 1 / (root + 0.01) - bend / (root + 0.01) ** 2
+    found = jax.grad(lambda g: jnp.sum(tx.update(g, tx.init(g))[0]))(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    updates, _ = tx.update(jnp.asarray(g, jnp.float32), tx.init(jnp.asarray(g, jnp.float32)))
+    np.testing.assert_allclose(updates, g / (root + 0.01), rtol=2e-6)

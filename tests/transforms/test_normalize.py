@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from helpers import normal
 
 import orthax
 
@@ -155,3 +156,26 @@ def test_trees_with_none_and_masked_leaves_are_kept():
     assert jax.tree.structure(actual) == jax.tree.structure(tree)
     for found, g in ((actual["a"], x), (actual["d"]["e"], y)):
         assert oracles.relative_error(found, oracles.normalize_neurons(g, 0.0)[0]) < 2e-6
+
+
+def test_a_dead_neuron_does_not_touch_the_gradient_of_the_others():
+    g = normal((5, 4), seed=3)
+    dead = np.insert(g, 2, 0, axis=1)
+    tx = orthax.normalize_neurons(decay=0.8)
+
+    def loss(g):
+        updates, state = tx.update(g, tx.init(g))
+        updates, _ = tx.update(jnp.cos(g) * (g != 0), state)
+        return jnp.sum(updates**3)
+
+    expected, found = jax.grad(loss)(jnp.asarray(g)), jax.grad(loss)(jnp.asarray(dead))
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(np.delete(found, 2, axis=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_eps_a_dead_neuron_stays_zero():
+    g = jnp.asarray(np.insert(normal((5, 4)), 2, 0, axis=1))
+    tx = orthax.normalize_neurons(eps=0)
+    updates, _ = tx.update(g, tx.init(g))
+    assert np.isfinite(updates).all()
+    assert not np.asarray(updates)[:, 2].any()

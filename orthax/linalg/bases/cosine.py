@@ -97,8 +97,6 @@ def dct_columns(
     n: int, indices: jax.Array, dtype: DTypeLike, *, transposed: bool = False
 ) -> jax.Array:
     """Columns of the DCT-II matrix, or its transpose, (..., n, r) for indices (..., r)."""
-    if n > LONGEST:
-        raise ValueError(f"dct: a matrix has at most {LONGEST} rows, got {n}.")
     place = jnp.reshape(jnp.arange(n, dtype=jnp.uint32), (*(1,) * (indices.ndim - 1), n, 1))
     frequency = indices.astype(jnp.uint32)[..., None, :]
     if transposed:
@@ -111,11 +109,21 @@ def dct_columns(
     return jnp.where(frequency == 0, jnp.asarray(np.sqrt(1 / n), dtype), found)
 
 
+def check_length(call: str, n: int) -> None:
+    """Raises unless there is a matrix of the transform for rows of length n."""
+    if n > LONGEST:
+        raise ValueError(f"{call}: the cosine matrix has at most {LONGEST} rows, got {n}.")
+
+
 def _transformed(call: str, x: jax.Array, method: Method) -> jax.Array:
-    check_matrices(call, x)
+    x = check_matrices(call, x)
     check.choice(f"{call}: method", method, ("auto", "matrix", "fft"))
     if x.size == 0:
         return x
+    if method == "auto":
+        method = "fft" if _fft_is_faster(x) else "matrix"
+    if method == "matrix":
+        check_length(call, x.shape[-1])
     return cosine_transform(wide(x), method, inverse=call == "idct").astype(x.dtype)
 
 

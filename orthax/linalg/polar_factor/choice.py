@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices, on_auto_axes
+from orthax.base.leaves import check_matrices, on_auto_axes, value_of
 from orthax.linalg.elementary import normalize, unit_max
 from orthax.linalg.polar_factor.gram import gram_newton_schulz
 from orthax.linalg.polar_factor.newton_schulz import newton_schulz
@@ -90,7 +90,7 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
       >>> bool(jnp.allclose(q, jnp.array([[0.0, 1.0], [-1.0, 0.0]]), atol=0.06))
       True
     """
-    check_matrices("polar", x)
+    x = check_matrices("polar", x)
     check.choice("polar: accuracy", accuracy, ACCURACIES)
     short, long = sorted(x.shape[-2:])
     if short <= 1:  # a vector has one singular value, its length
@@ -131,7 +131,8 @@ def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:
       [[ 0.  1.]
        [-1.  0.]]
     """
-    check_matrices("polar_svd", x)
+    x = check_matrices("polar_svd", x)
+    rtol = value_of(rtol)
     if rtol is not None:
         check.number("polar_svd: rtol", rtol, "[0, inf]")
     if x.size == 0:

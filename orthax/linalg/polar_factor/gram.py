@@ -72,7 +72,7 @@ def gram_newton_schulz(
       >>> bool(jnp.allclose(q, jnp.eye(2, 3), atol=1e-3))
       True
     """
-    check_matrices("gram_newton_schulz", x)
+    x = check_matrices("gram_newton_schulz", x)
     eps = check_iteration("gram_newton_schulz", dtype, eps)
     table = table_of("gram_newton_schulz", x, coefficients)
     used = jnp.dtype(compute_dtype(x.dtype, dtype))

@@ -1,10 +1,10 @@
 """The polar factor to rounding, by as many Newton-Schulz steps as that takes."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from orthax.base.leaves import check_matrices
@@ -50,13 +50,13 @@ def nearest_orthogonal(x: jax.Array) -> jax.Array:
       [[ 1.  0.]
        [ 0. -1.]]
     """
-    check_matrices("nearest_orthogonal", x)
+    x = check_matrices("nearest_orthogonal", x)
     if x.size == 0:
         return x
     tall = x.shape[-2] > x.shape[-1]
     y, units = unit_max(x.mT if tall else x)
     units = units.astype(y.dtype)
-    tolerance = float(jnp.finfo(y.dtype).eps) * np.sqrt(y.shape[-2])
+    tolerance = float(jnp.finfo(y.dtype).eps) * math.sqrt(y.shape[-2])
 
     def step(y: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step, and a bound on the Frobenius norm of y y^H - I after it."""

@@ -76,7 +76,7 @@ def newton_schulz(
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=1e-5))
       True
     """
-    check_matrices("newton_schulz", x)
+    x = check_matrices("newton_schulz", x)
     check.choice("newton_schulz: prescale", prescale, _PRESCALES)
     eps = check_iteration("newton_schulz", dtype, eps)
     table = table_of("newton_schulz", x, coefficients)

@@ -144,7 +144,7 @@ def zolotarev(
       >>> bool(jnp.allclose(q, jnp.eye(2), atol=0.02))
       True
     """
-    check_matrices("zolotarev", x)
+    x = check_matrices("zolotarev", x)
     degree = check.integer("zolotarev: degree", degree)
     passes = check.integer("zolotarev: passes", passes, "[1, 2]")
     if lower is not None:

@@ -9,8 +9,9 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
-from orthax.base.leaves import keep_dtypes, zeros_like
+from orthax.base.leaves import keep_dtypes
 from orthax.base.varying import cond
+from orthax.base.zeros import zeros_like
 from orthax.linalg.elementary import RANKINGS, number_for, wide
 from orthax.linalg.quantization import BITS
 from orthax.transforms.low_rank.frames import (

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orthax.linalg.bases.cosine import cosine_transform, dct_columns
+from orthax.linalg.bases.cosine import check_length, cosine_transform, dct_columns
 from orthax.linalg.bases.hadamard import check_hadamard_size, hadamard_columns, hadamard_transform
 from orthax.linalg.elementary import largest_columns, promoted, unit_max
 
@@ -217,6 +217,7 @@ def make_subspace(path: str, n: int, kind: Kind, matrix: jax.Array | None) -> Su
     if basis == "random":
         assert matrix is not None
         return Stored(ranking, matrix)
+    check_length(f"{call}: '{path}'", n)
     if basis == "dct":
         return Transformed(ranking, cosine_transform, dct_columns)
     inverse = functools.partial(cosine_transform, inverse=True)
