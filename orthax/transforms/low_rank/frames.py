@@ -20,8 +20,8 @@ from orthax.base.leaves import (
     path_text,
     replicate_beside,
     spec_of,
-    zeros_beside,
 )
+from orthax.base.zeros import zeros_beside
 from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
 from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_subspace
