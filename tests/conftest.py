@@ -26,6 +26,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Rules of fixtures are for more leaves than each test has; pytest.warns sees the warning.
-        warnings.filterwarnings("ignore", message=".*matches no leaf")
         yield
