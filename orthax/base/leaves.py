@@ -105,6 +105,16 @@ def check_param(call: str, path: str, x: Any) -> None:
     raise TypeError(f"{call}: '{path}' {what}; params are arrays only. {_FILTER}")
 
 
+def params_of(call: str, tree: optax.Params) -> tuple[list[Path], list[str], list[Any]]:
+    """The paths of a tree's leaves, the same as text, and the leaves, of which each is a number."""
+    keyed = jax.tree_util.tree_leaves_with_path(tree)
+    paths, values = [path_of(keys) for keys, _ in keyed], [value for _, value in keyed]
+    names = list(map(joined, paths))
+    for name, value in zip(names, values, strict=True):
+        check_param(call, name, value)
+    return paths, names, values
+
+
 # Equinox models are trees that hold activation functions and flags beside arrays.
 _FILTER = "Of an Equinox model, pass eqx.filter(model, eqx.is_inexact_array)."
 

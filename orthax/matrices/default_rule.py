@@ -3,10 +3,12 @@
 It promises only what these decide. Where they do not, it raises `Undecided` and never guesses.
 """
 
+import functools
 import re
 from collections.abc import Iterable
+from typing import TypeAlias
 
-from orthax.base.leaves import Path
+from orthax.base.leaves import Path, joined
 from orthax.matrices import names, siblings
 from orthax.matrices.siblings import LINEN_NAME, Shapes
 from orthax.matrices.view import DimensionNumbers
@@ -24,7 +26,28 @@ class Undecided(ValueError):
     """Names and shapes do not say which axes of a leaf are the matrix."""
 
 
-def default_rule(
+Verdict: TypeAlias = tuple[DimensionNumbers | None, str] | Undecided
+"""Dimension numbers (None: fallback) and the reason; or why there are none."""
+
+
+@functools.lru_cache(maxsize=64)
+def default_verdicts(
+    paths: tuple[Path, ...], shapes: tuple[tuple[int, ...], ...]
+) -> tuple[Verdict, ...]:
+    """What the rule says of every leaf; remembered, as updates have the tree that `init` had."""
+    read = list(map(names.split_path, paths))  # Keras's and Haiku's keys hold `/`
+    known = dict(zip(read, shapes, strict=True))
+
+    def verdict(path: Path, parts: Path, shape: tuple[int, ...]) -> Verdict:
+        try:
+            return _default_rule(parts, shape, known, joined(path))
+        except Undecided as error:
+            return Undecided(*error.args)  # without the frames that the one raised holds
+
+    return tuple(map(verdict, paths, read, shapes))
+
+
+def _default_rule(
     path: Path, shape: tuple[int, ...], shapes: Shapes, shown: str
 ) -> tuple[DimensionNumbers | None, str]:
     """Decides one leaf, from the shapes of all: dimension numbers (None: fallback) and the reason.

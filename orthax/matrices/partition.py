@@ -6,7 +6,7 @@ nothing is added to a compiled program but the reshapes.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -14,17 +14,8 @@ import numpy as np
 import optax
 
 from orthax.base import check
-from orthax.base.leaves import (
-    Path,
-    check_param,
-    given_for,
-    is_masked,
-    joined,
-    keep_dtypes,
-    path_of,
-)
-from orthax.matrices.default_rule import Undecided, default_rule
-from orthax.matrices.names import split_path
+from orthax.base.leaves import given_for, is_masked, keep_dtypes, params_of
+from orthax.matrices.default_rule import Undecided, Verdict, default_verdicts
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.reports import report_missing_names, report_unmatched
 from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
@@ -271,27 +262,23 @@ def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = Fals
     axes that do not fit and a wrong tree a `ValueError`. With `report` an undecided leaf is listed
     instead, without a view.
     """
-    keyed = jax.tree_util.tree_leaves_with_path(tree)
-    paths, values = [path_of(keys) for keys, _ in keyed], [value for _, value in keyed]
-    names = list(map(joined, paths))
-    for name, value in zip(names, values, strict=True):
-        check_param(call, name, value)
+    paths, names, values = params_of(call, tree)
     chosen = [(..., "")] * len(names)  # `...`: no rule of the user's, so names and shapes decide
     if dimension_numbers is not None and names:
         chosen = chosen_values(call, tree, names, dimension_numbers)
-    read = list(map(split_path, paths))  # as names are read: Keras's and Haiku's keys hold `/`
-    shapes = {path: np.shape(value) for path, value in zip(read, values, strict=True)}
+    verdicts: Sequence[Verdict] = [Undecided()] * len(names)
+    if any(dims is ... for dims, _ in chosen):
+        verdicts = default_verdicts(tuple(paths), tuple(map(np.shape, values)))
 
-    def decide(path: Path, name: str, value: Any, choice: tuple[Any, str]) -> Leaf:
-        try:
-            dims, reason = choice
-            if dims is ...:
-                dims, reason = default_rule(path, np.shape(value), shapes, name)
-        except Undecided as error:
+    def decide(name: str, value: Any, choice: tuple[Any, str], by_default: Verdict) -> Leaf:
+        is_default = choice[0] is ...
+        verdict = by_default if is_default else choice
+        if isinstance(verdict, Undecided):
             if not report:
-                raise Undecided(f"{call}: {error}") from None
+                raise Undecided(f"{call}: {verdict}")
             return Leaf(name, value, None, f"undecided: {_SEVERAL}", by_default=True)
+        dims, reason = verdict
         view = None if dims is None else make_view(call, name, value, dims)
-        return Leaf(name, value, view, reason, by_default=choice[0] is ...)
+        return Leaf(name, value, view, reason, by_default=is_default)
 
-    return list(map(decide, read, names, values, chosen))
+    return list(map(decide, names, values, chosen, verdicts))
