@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from orthax.base import check
-from orthax.base.leaves import given_for, is_masked, keep_dtypes, params_of
+from orthax.base.leaves import given_for, keep_dtypes, params_of
 from orthax.matrices.default_rule import Undecided, Verdict, default_verdicts
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.reports import report_missing_names, report_unmatched
@@ -217,10 +217,13 @@ def _shown_matrices(
     """Shows `inner` the leaves of a tree as matrices; leaves that are masked away stay so."""
     inner = optax.with_extra_args_support(inner)
 
+    def masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
     # A part sees `optax.MaskedNode` in the place of the other's leaves. A gradient may be None
     # where there is a parameter.
     def view_of(x: Any, leaf: Leaf | None) -> MatrixView | PackedView | None:
-        if is_masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
+        if masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
             return None
         return leaf.view
 
@@ -229,14 +232,14 @@ def _shown_matrices(
             view = view_of(x, leaf)
             return x if view is None else open_view(view, x)
 
-        return jax.tree.map(open_leaf, tree, decided, is_leaf=is_masked)
+        return jax.tree.map(open_leaf, tree, decided, is_leaf=masked)
 
     def closed(results: Any, like: Any) -> Any:
         def close_leaf(x: Any, result: Any, leaf: Leaf) -> Any:
             view = view_of(x, leaf)
             return result if view is None else close_view(view, result, x)
 
-        return jax.tree.map(close_leaf, like, results, decided, is_leaf=is_masked)
+        return jax.tree.map(close_leaf, like, results, decided, is_leaf=masked)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(opened(params))

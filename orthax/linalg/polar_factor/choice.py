@@ -13,7 +13,7 @@ from orthax.linalg.elementary import normalize, unit_max
 from orthax.linalg.polar_factor.gram import gram_newton_schulz
 from orthax.linalg.polar_factor.newton_schulz import newton_schulz
 from orthax.linalg.polar_factor.tables import minimax
-from orthax.linalg.polar_factor.zolotarev import zolotarev
+from orthax.linalg.polar_factor.zolotarev import rational
 
 
 class Rule(NamedTuple):
@@ -48,8 +48,8 @@ _EXACT_POLYNOMIAL = functools.partial(
 ACCURACIES = ("fast", "exact")
 
 RULES = (
-    Rule("fast", "cpu", 16, 1, zolotarev),
-    Rule("exact", "cpu", 16, 1, functools.partial(zolotarev, degree=3, passes=2)),
+    Rule("fast", "cpu", 16, 1, rational),
+    Rule("exact", "cpu", 16, 1, functools.partial(rational, degree=3, passes=2)),
     Rule("fast", "any", 32, 2, gram_newton_schulz),
     Rule("fast", "any", 16, 1, newton_schulz),
     Rule("exact", "any", 16, 1, _EXACT_POLYNOMIAL),
@@ -91,7 +91,8 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
       True
     """
     x = check_matrices("polar", x)
-    check.choice("polar: accuracy", accuracy, ACCURACIES)
+    if accuracy not in ACCURACIES:
+        check.choice("polar: accuracy", accuracy, ACCURACIES)
     short, long = sorted(x.shape[-2:])
     if short <= 1:  # a vector has one singular value, its length
         return normalize(x).astype(x.dtype)

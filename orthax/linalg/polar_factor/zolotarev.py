@@ -149,6 +149,13 @@ def zolotarev(
     passes = check.integer("zolotarev: passes", passes, "[1, 2]")
     if lower is not None:
         lower = check.number("zolotarev: lower", lower, "(0, 1)", static=True)
+    return rational(x, degree, passes, lower)
+
+
+def rational(
+    x: jax.Array, degree: int = 2, passes: int = 1, lower: float | None = None
+) -> jax.Array:
+    """`zolotarev` of checked arguments."""
     if x.size == 0:
         return x
     tall = x.shape[-2] > x.shape[-1]
