@@ -58,5 +58,5 @@ FUNCTIONS = {
 }
 OTHERS = {  # no function of an array
     "SpectralNorm", "coefficients", "dct_matrix", "WithMemory", "orthogonal_convolution_exists",
-    "of_both", "of_params", "of_updates",
+    "of_both", "of_params", "of_updates", "scalars",
 }  # fmt: skip
