@@ -17,8 +17,9 @@ import record
 import orthax
 from device.session import Compiled, Session, compile_all, distance, problem, timed
 from device.updates import gpt2, step
-from orthax.linalg import dct, gram_newton_schulz, half_products, newton_schulz
-from orthax.linalg.half_products import Rule, Tiles, by_blocks, by_kernel
+from orthax.linalg import dct, elementary, gram_newton_schulz, newton_schulz
+from orthax.linalg.elementary import Halving
+from orthax.linalg.half_products import Tiles, by_blocks, by_kernel
 
 PRECISIONS = {"bfloat16": jnp.bfloat16, "float32, default products": jnp.float32}
 
@@ -138,8 +139,8 @@ def _symmetric_inside(session: Session, ways: dict[str, Callable[..., jax.Array]
         made: dict[str, Any] = {}
         for name, way in ways.items():
             # The rule is read while tracing: one after the other, each function traced anew.
-            rule = {jax.default_backend(): Rule(1, way)}
-            with mock.patch.dict(half_products.HALVED, rule), session.reported(way=name):
+            rule = {jax.default_backend(): Halving(1, way)}
+            with mock.patch.dict(elementary.HALVED, rule), session.reported(way=name):
                 jax.clear_caches()
                 function = functools.partial(newton_schulz, dtype=jnp.bfloat16)
                 made |= compile_all({name: (function, (x,))}, session)

@@ -2,5 +2,5 @@
 
 * `check`: arguments of a call. * `leaves`: paths, floating matrices, dtypes that stay, meshes.
 * `each_matrix`: functions of a matrix as transformations. * `with_memory`: functions with state.
-* `varying`: loops inside `jax.shard_map`.
+* `placing`: arrays where others lie.
 """

@@ -20,11 +20,12 @@ from orthax.base.leaves import (
     check_matrix_leaves,
     check_params,
     explicit_sharding,
-    laid_out,
     matrix_leaves,
     spec_of,
+    vary_as,
+    varying_axes,
 )
-from orthax.base.varying import vary_as, varying_axes
+from orthax.base.placing import laid_out
 
 Row = tuple[Any, ...]
 """What belongs to one leaf: the matrices, what the state holds for them, the params."""
@@ -188,8 +189,8 @@ def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[lis
             spec = (*spec[:-2], *reversed(spec[-2:]))
         dtypes = tuple(y.dtype for y in rows[i])
         # A leaf that is the same on all devices would not be so after a stack with others.
-        axes = tuple(map(varying_axes, rows[i]))
-        key = (dtypes, *sorted(x.shape[-2:]), sharding and sharding.mesh, spec, axes)
+        varies = (places[i].varies, *map(varying_axes, rows[i][1:]))
+        key = (dtypes, *sorted(x.shape[-2:]), sharding and sharding.mesh, spec, varies)
         count = math.prod(x.shape[:-2])
         # A full stack is closed and the next one opened.
         if sizes.get(key, 0) + count > MAX_STACK:

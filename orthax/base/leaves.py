@@ -3,15 +3,13 @@
 A JAX array's type is its shape, its dtype and, on a mesh with Explicit axes, its sharding.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import KeyPath
 
 Path = tuple[str | int, ...]
@@ -70,7 +68,10 @@ def matrix_leaves(call: str, tree: optax.Params) -> tuple[list[Any], list["Place
     """The leaves of a tree of matrices, checked, the place of each, and the tree's structure."""
     check_matrix_leaves(call, tree)
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
-    places = [Place(path_text(keys), explicit_sharding(x), on_auto_axes(x)) for keys, x in keyed]
+    places = [
+        Place(path_text(keys), explicit_sharding(x), on_auto_axes(x), varying_axes(x))
+        for keys, x in keyed
+    ]
     return [x for _, x in keyed], places, structure
 
 
@@ -222,16 +223,18 @@ def _in_dtype_of(x: Any, old: Any) -> Any:
 # --- meshes
 #
 # On Explicit axes JAX refuses products over sharded axes and some reshapes, because the sharding of
-# their result is ambiguous: `laid_out` lets the compiler choose inside and fixes the result. On
-# Auto axes only the compiler knows how an array is sharded.
+# their result is ambiguous (see `placing.laid_out`). On Auto axes only the compiler knows how an
+# array is sharded. On Manual axes, inside `jax.shard_map`, the type of an array says over which its
+# values differ. What a loop carries must keep its type, but a constant varies over no axis.
 
 
 class Place(NamedTuple):
-    """Where an array lies: its path, its sharding on Explicit mesh axes, whether on Auto axes."""
+    """Where an array lies: path, sharding on Explicit mesh axes, and on axes of the other kinds."""
 
     path: str
     sharding: NamedSharding | None
     on_auto_axes: bool
+    varies: frozenset[Any]  # the Manual axes over which it differs
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -261,26 +264,31 @@ def spec_of(sharding: NamedSharding, axes: int) -> tuple[Any, ...]:
     return (*sharding.spec, *(None,) * (axes - len(sharding.spec)))
 
 
-def replicate_beside(x: jax.Array, like: object) -> jax.Array:
-    """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
-    if isinstance(like, Tracer):
-        sharding, put = explicit_sharding(like), jax.sharding.reshard
-    else:
-        sharding, put = getattr(like, "sharding", None), jax.device_put
-    if not isinstance(sharding, NamedSharding):
-        return x
-    return put(x, sharding.update(spec=PartitionSpec()))
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The manual mesh axes over which an array, or its `ShapeDtypeStruct`, differs."""
+    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if hasattr(kind, "vma"):  # JAX up to 0.9
+        return frozenset(kind.vma or ())
+    found = getattr(kind, "manual_axis_type", None)
+    return frozenset(() if found is None else found.varying)
 
 
-def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
-    """`fun` run on Explicit axes as if they were Auto, with its results laid out as told.
+def vary_as(tree: Any, *like: Any) -> Any:
+    """The arrays of a tree, varying over the mesh axes of all arrays of some others as well.
 
-    `out_sharding` has the structure of the results; it is None if there are no Explicit axes.
+    Values stay, and outside of `jax.shard_map`, and with `check_vma=False`, all else too.
     """
-    if out_sharding is None:
-        return fun
-    mesh = jax.tree.leaves(out_sharding)[0].mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    # Not the Manual axes of a `jax.shard_map` around, which stay what they are.
-    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
-    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
+    if not axes:
+        return tree
+
+    def cast(x: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(x), key=str))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009 JAX up to 0.8; newer stubs lack it
+        return pvary(x, missing)
+
+    return jax.tree.map(cast, tree)

@@ -1,6 +1,7 @@
 """Norms and Gram matrices at any scale: the functions of a matrix that all others are made of."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices
-from orthax.linalg.half_products import halved
+from orthax.base.leaves import check_matrices, on_a_mesh
 
 RANKINGS = ("l1", "l2")
 
@@ -205,6 +205,32 @@ def largest_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"]) -> jax.
 
 
 # --- Gram matrices
+
+
+class Halving(NamedTuple):
+    """Where a Hermitian product is computed from half of its blocks.
+
+    Attributes:
+      rows: Of the product, at least.
+      method: Function of x, y and a precision to x y^H; those of `half_products`.
+    """
+
+    rows: int
+    method: Callable[..., jax.Array]
+
+
+HALVED: dict[str, Halving] = {}
+"""By backend of JAX; others multiply in full. None was measured to win: on CPU blocks are slower at
+all sizes up to 2048, since copies cost more than they save (0.8 to 0.95 of the plain product's
+speed), and on GPU and TPU nothing was measured yet (benchmarks/accelerator.py does)."""
+
+
+def halved(x: jax.Array) -> Callable[..., jax.Array] | None:
+    """The method for products of as many rows as `x`, if there is one."""
+    rule = HALVED.get(jax.default_backend())
+    if rule is None or x.shape[-2] < rule.rows or on_a_mesh(x):
+        return None
+    return rule.method
 
 
 def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:

@@ -1,12 +1,10 @@
 """Hermitian products from half of their blocks: what is above the diagonal is known from below.
 
 x y^H is known to be Hermitian where y is x (a Gram matrix), or where both are polynomials of one
-Hermitian matrix. XLA has no product that makes use of it; here are two. `symmetric_product` and
-`gram` take one where `HALVED` says that it is faster.
+Hermitian matrix. XLA has no product that makes use of it; here are two, for `elementary.HALVED`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,34 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from orthax.base.leaves import on_a_mesh
-from orthax.base.varying import vary_as
-
-
-class Rule(NamedTuple):
-    """Where a product is computed by half.
-
-    Attributes:
-      rows: Of the product, at least.
-      method: Function of x, y and a precision to x y^H: `by_blocks` or `by_kernel`.
-    """
-
-    rows: int
-    method: Callable[..., jax.Array]
-
-
-HALVED: dict[str, Rule] = {}
-"""By backend of JAX; others multiply in full. None was measured to win: on CPU blocks are slower at
-all sizes up to 2048, since copies cost more than they save (0.8 to 0.95 of the plain product's
-speed), and on GPU and TPU nothing was measured yet (benchmarks/accelerator.py does)."""
-
-
-def halved(x: jax.Array) -> Callable[..., jax.Array] | None:
-    """The method for products of as many rows as `x`, if there is one."""
-    rule = HALVED.get(jax.default_backend())
-    if rule is None or x.shape[-2] < rule.rows or on_a_mesh(x):
-        return None
-    return rule.method
+from orthax.base.leaves import vary_as
 
 
 def by_blocks(

@@ -1,11 +1,12 @@
 """Matrices in 8 or 4 bits an entry: each row has its own scale."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from orthax.linalg.elementary import wide
+from orthax.base.placing import resized_zeros, zeros_like
+from orthax.linalg.elementary import wide, wide_dtype
 
 BITS = {"int8": 8, "int4": 4}
 """What users call them."""
@@ -52,6 +53,14 @@ def quantize(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized
         second = jnp.pad(codes[..., half:], [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
         codes = codes[..., :half] | (second << 4)
     return Quantized(codes, scale, low)
+
+
+def quantized_zeros(x: Any, bits: int) -> Quantized:
+    """What `quantize` makes of zeros in the place of x, without reading it."""
+    half = (x.shape[-1] + 1) // 2
+    codes = zeros_like(x, jnp.uint8) if bits == 8 else resized_zeros(x, -1, half, jnp.uint8)
+    scale, zero = (resized_zeros(x, -1, 1, wide_dtype(x.dtype)) for _ in range(2))
+    return Quantized(codes, scale, zero)
 
 
 def dequantize(x: Quantized, bits: int, columns: int) -> jax.Array:

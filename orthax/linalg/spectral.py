@@ -13,8 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from orthax.base import check
-from orthax.base.leaves import check_array, check_matrices, value_of
-from orthax.base.varying import vary_as
+from orthax.base.leaves import check_array, check_matrices, value_of, vary_as
 from orthax.linalg.elementary import constant_unit_max, divided, norm_with_gradient
 
 

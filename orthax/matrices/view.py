@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from orthax.base.leaves import explicit_sharding, laid_out, spec_of
+from orthax.base.leaves import explicit_sharding, spec_of
+from orthax.base.placing import laid_out
 
 DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
 

@@ -9,7 +9,7 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
 from orthax.base.leaves import keep_dtypes
-from orthax.base.zeros import zeros_beside, zeros_like
+from orthax.base.placing import resized_zeros, zeros_like
 from orthax.linalg.elementary import abs_square, divided, number_for, root, wide, wide_dtype
 from orthax.transforms.low_rank.frames import projected_axis
 
@@ -82,11 +82,8 @@ def scale_by_adam_per_index(
     def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
         # One number for each index, that is for each place along the projected axis.
         other = -1 if projected_axis(x.shape) == -2 else -2
-        shape = list(x.shape)
-        axes: list[int | None] = list(range(len(shape)))
-        shape[other], axes[other] = 1, None
         real = jnp.finfo(x.dtype).dtype
-        weights = (zeros_beside(x, tuple(shape), tuple(axes), wide_dtype(real)) for _ in range(2))
+        weights = (resized_zeros(x, other, 1, wide_dtype(real)) for _ in range(2))
         return zeros_like(x, mu_dtype), zeros_like(x, real), *weights
 
     def scaled(

@@ -8,7 +8,7 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import each_matrix
-from orthax.base.zeros import zeros_beside
+from orthax.base.placing import resized_zeros
 from orthax.linalg.elementary import (
     abs_square,
     divided,
@@ -82,11 +82,7 @@ def normalize_neurons(
         return -1 if axis == "long" and x.shape[-2] > x.shape[-1] else -2
 
     def first_rms(x: Any) -> jax.Array:
-        shape = list(x.shape)
-        axes: list[int | None] = list(range(len(shape)))
-        shape[along(x)], axes[along(x)] = 1, None
-        real = jnp.finfo(wide_dtype(x.dtype)).dtype
-        return zeros_beside(x, tuple(shape), tuple(axes), real)
+        return resized_zeros(x, along(x), 1, jnp.finfo(wide_dtype(x.dtype)).dtype)
 
     def rms_of_neurons(x: jax.Array) -> jax.Array:
         over = along(x)

@@ -10,15 +10,8 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import KeyPath
 
 from orthax.base import check
-from orthax.base.leaves import (
-    check_param,
-    check_params,
-    explicit_sharding,
-    laid_out,
-    path_text,
-    replicate_beside,
-)
-from orthax.base.varying import vary_as
+from orthax.base.leaves import check_param, check_params, explicit_sharding, path_text, vary_as
+from orthax.base.placing import laid_out, replicate_beside
 from orthax.base.with_memory import WithMemory, check_measure
 from orthax.linalg.elementary import number_for, promoted, wide
 from orthax.matrices.path_rules import PathRules

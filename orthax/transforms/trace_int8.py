@@ -1,5 +1,6 @@
 """Momentum in 8 bits an entry, in the place of `optax.trace`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,9 +9,7 @@ import optax
 
 from orthax.base.each_matrix import each_matrix
 from orthax.base.leaves import check_matrix_leaves, in_dtypes_of
-from orthax.base.zeros import zeros_beside, zeros_like
-from orthax.linalg.elementary import wide_dtype
-from orthax.linalg.quantization import Quantized, dequantize, quantize
+from orthax.linalg.quantization import Quantized, dequantize, quantize, quantized_zeros
 
 BITS = 8
 
@@ -25,18 +24,18 @@ def trace_int8(
     State: `Quantized`: a byte an entry and two float32 numbers a row.
     """
 
-    def start(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
-        # What `quantize` makes of zeros.
-        shape, axes = (*x.shape[:-1], 1), (*range(len(x.shape) - 1), None)
-        ends = (zeros_beside(x, shape, axes, wide_dtype(x.dtype)) for _ in range(2))
-        return zeros_like(x, jnp.uint8), *ends
-
     def step(g: Any, codes: Any, scale: Any, zero: Any, decay: Any) -> tuple[Any, ...]:
         # M <- mu M + G, of which G + mu M or M itself goes on in full precision.
         m = g + decay * dequantize(Quantized(codes, scale, zero), BITS, g.shape[-1])
         return g + decay * m if nesterov else m, *quantize(m, BITS)
 
-    made = each_matrix(call, step, numbers=(decay,), init=start, state_type=Quantized)
+    made = each_matrix(
+        call,
+        step,
+        numbers=(decay,),
+        init=functools.partial(quantized_zeros, bits=BITS),
+        state_type=Quantized,
+    )
 
     def init(params: optax.Params) -> optax.OptState:
         check_matrix_leaves(f"{call}: with mu_dtype='int8'", params, kind=jnp.floating)

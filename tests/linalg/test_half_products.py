@@ -15,7 +15,7 @@ import pytest
 import tolerances
 from helpers import normal
 
-from orthax.linalg import gram_newton_schulz, nearest_orthogonal, newton_schulz
+from orthax.linalg import elementary, gram_newton_schulz, nearest_orthogonal, newton_schulz
 from orthax.linalg import half_products as half
 from orthax.linalg.elementary import gram, symmetric_product
 
@@ -124,7 +124,7 @@ def counted(monkeypatch):
         calls.append(x.shape)
         return jnp.matmul(x, y.mT.conj(), precision=precision)
 
-    monkeypatch.setitem(half.HALVED, "cpu", half.Rule(24, method))
+    monkeypatch.setitem(elementary.HALVED, "cpu", elementary.Halving(24, method))
     return calls
 
 
@@ -156,7 +156,7 @@ ITERATIONS = {
 def test_iterations_by_half_are_those_by_whole_products(method, iteration, monkeypatch):
     x = normal((2, 33, 70))
     whole = iteration(x)
-    monkeypatch.setitem(half.HALVED, "cpu", half.Rule(24, method))
+    monkeypatch.setitem(elementary.HALVED, "cpu", elementary.Halving(24, method))
     by_half = jax.jit(lambda x: iteration(x))(
         x
     )  # a new function: not the program of the line above

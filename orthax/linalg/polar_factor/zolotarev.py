@@ -15,8 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices
-from orthax.base.varying import vary_as
+from orthax.base.leaves import check_matrices, vary_as
 from orthax.linalg.elementary import gram, norm_of_scaled, unit_max
 
 # SciPy's elliptic functions take 1 - lower**2, which keeps 4 digits of it here and none at 1e-8.

@@ -13,15 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from orthax.base import check
-from orthax.base.leaves import (
-    explicit_sharding,
-    laid_out,
-    matrix_leaves,
-    path_text,
-    replicate_beside,
-    spec_of,
-)
-from orthax.base.zeros import zeros_beside
+from orthax.base.leaves import explicit_sharding, matrix_leaves, path_text, spec_of
+from orthax.base.placing import laid_out, replicate_beside, resized_zeros, zeros_beside
 from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
 from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_subspace
@@ -59,21 +52,7 @@ class Frame:
         """Zeros in the place of the coordinates of the leaf x, or x where it is left whole."""
         if isinstance(self.subspace, Whole):
             return x
-        axes: list[int | None] = list(range(len(self.shape)))
-        axes[self.axis] = None
-        return zeros_beside(x, self.low_shape, tuple(axes), x.dtype)
-
-    def first_quantized(self, x: Any, bits: int) -> Quantized:
-        """The zeros of a leaf like x in a few bits an entry."""
-        columns = self.shape[-1] if bits == 8 else (self.shape[-1] + 1) // 2
-        axes = tuple(range(len(self.shape)))
-        last = axes[-1] if bits == 8 else None
-        codes = zeros_beside(x, (*self.shape[:-1], columns), (*axes[:-1], last), jnp.uint8)
-        scale, zero = (
-            zeros_beside(x, (*self.shape[:-1], 1), (*axes[:-1], None), wide_dtype(x.dtype))
-            for _ in range(2)
-        )
-        return Quantized(codes, scale, zero)
+        return resized_zeros(x, self.axis, self.rank, x.dtype)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""
@@ -172,7 +151,7 @@ def make_frames(tree: optax.Params, rank: Any, kind: Kind, bases: Any) -> list[F
     matrices = {len(matrix): matrix for matrix in jax.tree.leaves(bases)}
     leaves, places, _ = matrix_leaves(kind.call, tree)
     frames = []
-    for leaf, (path, sharding, _) in zip(leaves, places, strict=True):
+    for leaf, (path, sharding, *_) in zip(leaves, places, strict=True):
         n = min(np.shape(leaf)[-2:])
         r = min(n, _rank_of(kind.call, rank, path, np.shape(leaf)))
         # A leaf of no more rank than is asked for is left whole.

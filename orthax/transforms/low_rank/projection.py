@@ -10,10 +10,9 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes
-from orthax.base.varying import cond
-from orthax.base.zeros import zeros_like
+from orthax.base.placing import cond, zeros_like
 from orthax.linalg.elementary import RANKINGS, number_for, wide
-from orthax.linalg.quantization import BITS
+from orthax.linalg.quantization import BITS, quantized_zeros
 from orthax.transforms.low_rank.frames import (
     Frame,
     check_kept,
@@ -111,8 +110,7 @@ def projected(
             if bits is None:
                 residuals = structure.unflatten([zeros_like(x, buffer_dtype) for x in leaves])
             else:
-                parts = [f.first_quantized(x, bits) for f, x in zip(frames, leaves, strict=True)]
-                residuals = in_one(parts, structure)
+                residuals = in_one([quantized_zeros(x, bits) for x in leaves], structure)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
 
     def update(

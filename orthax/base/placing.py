@@ -1,0 +1,84 @@
+"""Putting arrays where others lie: results, copies, the zeros that a state starts with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from orthax.base.leaves import explicit_sharding, spec_of, vary_as
+
+
+def replicate_beside(x: jax.Array, like: object) -> jax.Array:
+    """Returns `x` whole on every device of the mesh that `like` lies on, if it lies on one."""
+    if isinstance(like, Tracer):
+        sharding, put = explicit_sharding(like), jax.sharding.reshard
+    else:
+        sharding, put = getattr(like, "sharding", None), jax.device_put
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return put(x, sharding.update(spec=PartitionSpec()))
+
+
+def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+    """`fun` run on Explicit axes as if they were Auto, with its results laid out as told.
+
+    `out_sharding` has the structure of the results; it is None if there are no Explicit axes.
+    """
+    if out_sharding is None:
+        return fun
+    mesh = jax.tree.leaves(out_sharding)[0].mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # Not the Manual axes of a `jax.shard_map` around, which stay what they are.
+    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)
+
+
+def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:
+    """`jax.lax.cond` of two functions without arguments, whose results may vary over other axes."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return jax.lax.cond(which, *branches)
+    results = [jax.eval_shape(branch) for branch in branches]
+
+    def varied(branch: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: jax.tree.map(lambda x, *like: vary_as(x, like, which), branch(), *results)
+
+    return jax.lax.cond(which, *map(varied, branches))
+
+
+def zeros_beside(
+    x: Any, shape: tuple[int, ...], axes: tuple[int | None, ...], dtype: Any
+) -> jax.Array:
+    """Zeros that lie along the axes of an array, or a `ShapeDtypeStruct`, as it does.
+
+    `axes` has for each axis of the zeros that of `x` which it follows, or None where it is whole on
+    each device. The values of `x` are not read: a state starts without work between devices.
+    """
+    traced = isinstance(x, Tracer)
+    sharding = explicit_sharding(x) if traced else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        spec = spec_of(sharding, len(x.shape))
+        spec = [None if axis is None else spec[axis] for axis in axes]
+        sharding = sharding.update(spec=PartitionSpec(*spec))
+    elif traced or not getattr(x, "committed", False):
+        sharding = None
+    if traced:
+        zeros = jnp.zeros(shape, dtype)
+        zeros = zeros if sharding is None else jax.sharding.reshard(zeros, sharding)
+        return vary_as(zeros, x)
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
+    """Zeros in the place of an array, or where a `ShapeDtypeStruct` says; None: of its dtype."""
+    return zeros_beside(x, x.shape, tuple(range(len(x.shape))), dtype or x.dtype)
+
+
+def resized_zeros(x: Any, axis: int, size: int, dtype: Any) -> jax.Array:
+    """Zeros beside x of another size along one axis, which is whole on each device."""
+    shape, axes = list(x.shape), list(range(len(x.shape)))
+    shape[axis] = size
+    followed = tuple(None if a == axis % len(shape) else a for a in axes)
+    return zeros_beside(x, tuple(shape), followed, dtype)
