@@ -5,7 +5,6 @@ is (out, in), the other way round than a `kernel` of Flax.
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from orthax.base import check
 from orthax.base.leaves import path_of, path_text
+from orthax.base.warn import warn
 from orthax.matrices.layer_layout import Layout, excluded_patterns
 from orthax.matrices.layer_layout import place as stacked
 from orthax.matrices.names import output_head
@@ -96,10 +96,7 @@ def dimension_numbers(
         )
     check.flag(f"{_CALL}: per_head", per_head)
     if per_head and not any(map(_is_attention, jax.tree.leaves(model, is_leaf=_is_attention))):
-        warnings.warn(
-            f"{_CALL}: per_head=True, but the model has no equinox.nn.MultiheadAttention.",
-            stacklevel=2,
-        )
+        warn(f"{_CALL}: per_head=True, but the model has no equinox.nn.MultiheadAttention.")
     read = _Reader(excluded_patterns(_CALL, exclude), per_head)
     return jax.tree.structure(model).unflatten(read(model, _Place()))
 

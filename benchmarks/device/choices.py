@@ -15,7 +15,7 @@ import optax
 import record
 
 import orthax
-from device.session import Compiled, Session, compile_all, distance, problem, timed
+from device.session import Compiled, Session, compile_all, distance, nbytes, problem, timed
 from device.updates import gpt2, step
 from orthax.linalg import dct, elementary, gram_newton_schulz, newton_schulz
 from orthax.linalg.elementary import Halving
@@ -36,11 +36,7 @@ def _times(session: Session, functions: dict[str, Any], **about: Any) -> dict[st
     """Compiles, times in turn, and writes a row for each function; speeds beside the first."""
     made = compile_all(functions, session)
     calls = {name: functools.partial(m.call, *functions[name][1]) for name, m in made.items()}
-    for name in list(calls):
-        with session.reported(**about, way=name):
-            jax.block_until_ready(calls[name]())
-            continue
-        del calls[name]
+    calls = session.working(calls, **about)
     times = timed(calls, smoke=session.smoke)
     first = next(iter(times.values())).median if times else 1.0
     for name, seconds in times.items():
@@ -179,6 +175,6 @@ def quantised(session: Session) -> None:
             state = tx.init(tree)
             name = str(dtype or "full")
             functions[name] = (functools.partial(step, tx), (tree, state, tree))
-            sizes[name] = round(sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6, 3)
+            sizes[name] = round(nbytes(state) / 1e6, 3)
         session.row(choice="buffer", optimizer=optimizer.__name__, **{"state (MB)": sizes})
         _times(session, functions, choice="buffer", optimizer=optimizer.__name__)

@@ -121,11 +121,7 @@ def _measure(session: Session, shape: tuple[int, ...], names: Any, peaks: dict[A
             flops[f"product | {mode}"] = product_flops(product, square, known.x.astype(dtype))
     made = compile_all(functions, session)
     calls = {key: functools.partial(m.call, *functions[key][1]) for key, m in made.items()}
-    for key in list(calls):  # a call that fails, of lack of memory say, leaves the others
-        with session.reported(shape=shape, call=key):
-            jax.block_until_ready(calls[key]())
-            continue
-        del calls[key]
+    calls = session.working(calls, shape=shape)
     times = timed(calls, smoke=session.smoke)
     for key, seconds in times.items():
         name, mode = key.split(" | ")

@@ -77,6 +77,17 @@ class Session:
             self.row(**fields, error=said)
             self.failed.append({"section": self._section, **fields, "error": said})
 
+    def working(
+        self, calls: Mapping[str, Callable[[], Any]], **about: Any
+    ) -> dict[str, Callable[[], Any]]:
+        """The calls that work, tried once; one that does not, of lack of memory say, is a row."""
+        found = {}
+        for name, call in calls.items():
+            with self.reported(**about, call=name):
+                jax.block_until_ready(call())
+                found[name] = call
+        return found
+
     def each(self, things: Iterable[Any]) -> Iterator[Any]:
         """The things as long as there is time; the others are counted in a row."""
         things = list(things)
@@ -169,6 +180,11 @@ def compile_all(
                 raise result
             found[name] = result
     return found
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def product_flops(function: Callable[..., Any], *arguments: Any) -> float:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import record
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
 from device import peers
-from device.session import Session, compile_all, timed
+from device.session import Session, compile_all, nbytes, timed
 from orthax.linalg import gram_newton_schulz, newton_schulz
 
 RATE = 1e-3
@@ -144,9 +143,8 @@ def run(session: Session) -> None:
 
 def _measure(session: Session, title: str, workload: Workload) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, workload.dtype), workload.params)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     layers = sum(name.startswith("layer_") for name in shapes)
-    session.row(workload=title, layers=layers, **{"parameters (MB)": size / 1e6})
+    session.row(workload=title, layers=layers, **{"parameters (MB)": nbytes(shapes) / 1e6})
     optimizers = {name: OPTIMIZERS[name]() for name in workload.optimizers}
     functions = {
         name: (
@@ -174,7 +172,7 @@ def _measure(session: Session, title: str, workload: Workload) -> None:
                 ms=1e3 * seconds.median,
                 **fields,
                 **{
-                    "state (MB)": _bytes(functions[name][1][1]) / 1e6,
+                    "state (MB)": nbytes(functions[name][1][1]) / 1e6,
                     "temporary (MB)": made[name].temporary / 1e6,
                     "compile s": made[name].seconds,
                 },
@@ -226,7 +224,3 @@ def _normal(shapes: Any) -> Any:
             yield (1e-2 * drawn).astype(leaf.dtype)
 
     return jax.tree.unflatten(jax.tree.structure(shapes), list(draw(jax.random.key(0))))
-
-
-def _bytes(tree: Any) -> int:
-    return int(np.sum([x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)]))

@@ -197,7 +197,7 @@ def keep_dtypes(
         wide_params = None if params is None else jax.tree.map(widened, params)
         wide, new = inner.update(jax.tree.map(widened, updates), state, wide_params, **extra)
         if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
-            new = jax.tree.map(_in_dtype_of, new, state)
+            new = jax.tree.map(in_dtype_of, new, state)
         return in_dtypes_of(wide, updates, params), new
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -216,7 +216,8 @@ def in_dtypes_of(results: Any, updates: optax.Updates, params: optax.Params | No
     return jax.tree.map(cast, *trees, is_leaf=lambda x: x is None or is_masked(x))
 
 
-def _in_dtype_of(x: Any, old: Any) -> Any:
+def in_dtype_of(x: Any, old: Any) -> Any:
+    """`x` in the dtype of what it takes the place of."""
     return x if getattr(x, "dtype", None) == getattr(old, "dtype", None) else x.astype(old.dtype)
 
 

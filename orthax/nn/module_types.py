@@ -6,13 +6,13 @@ stacked layers (`nnx.vmap`, `nnx.scan`) and count matrices.
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from orthax.base import check
+from orthax.base.warn import warn
 from orthax.matrices.layer_layout import Layout, excluded_patterns, place
 from orthax.matrices.names import output_head
 from orthax.matrices.path_rules import PathRules, WrittenForModel
@@ -102,10 +102,9 @@ def dimension_numbers(
             count = 4 if isinstance(node, nnx.OptimizedLSTMCell) else 3
             gates |= {id(node.dense_i): count, id(node.dense_h): count}
     if per_head and not with_heads:
-        warnings.warn(
+        warn(
             f"{_CALL}: per_head=True, but no LinearGeneral of two output features (heads, size) is "
-            "called query, key or value. For other layers write a rule with orthax.Packed.",
-            stacklevel=2,
+            "called query, key or value. For other layers write a rule with orthax.Packed."
         )
     read = functools.partial(_layout, gates=gates, with_heads=with_heads)
 

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
-from orthax.base.leaves import is_masked, path_text
+from orthax.base.leaves import in_dtype_of, is_masked, path_text
 
 
 def from_optax_muon(
@@ -68,7 +68,7 @@ def from_optax_muon(
                 f"from_optax_muon: '{path_text(keys)}' has {kept} in optax's state and needs "
                 f"{needed} here: give orthax.muon the dimension_numbers that optax's had."
             )
-        return ours if is_masked(ours) else (theirs / (1 - momentum)).astype(ours.dtype)
+        return ours if is_masked(ours) else in_dtype_of(theirs / (1 - momentum), ours)
 
     sums = jax.tree_util.tree_map_with_path(summed, trace.trace, muon.mu, is_leaf=is_masked)
 
@@ -76,7 +76,9 @@ def from_optax_muon(
         if isinstance(node, optax.TraceState):
             return optax.TraceState(sums)
         if isinstance(node, optax.ScaleByAdamState):
-            moments = (jax.tree.map(_as, o, t) for o, t in zip(node[1:], adam[1:], strict=True))
+            moments = (
+                jax.tree.map(in_dtype_of, t, o) for t, o in zip(adam[1:], node[1:], strict=True)
+            )
             return optax.ScaleByAdamState(adam.count, *moments)
         if isinstance(node, optax.ScaleByScheduleState):
             return optax.ScaleByScheduleState(muon.count)
@@ -90,10 +92,6 @@ _STATES = (optax.TraceState, optax.ScaleByAdamState, optax.ScaleByScheduleState)
 
 def _is_state(node: Any) -> bool:
     return isinstance(node, _STATES)
-
-
-def _as(ours: Any, theirs: Any) -> Any:
-    return theirs.astype(ours.dtype)
 
 
 def _only(state: Any, kind: Any, accepted: str) -> Any:
