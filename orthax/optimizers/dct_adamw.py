@@ -63,7 +63,8 @@ def dct_adamw(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
+      The optimizer; updates have the wider dtype of gradients and params, and on Explicit meshes
+      their sharding.
       State: per matrix 2 r max(m, n) numbers, r indices and twice r weights; the error feedback.
 
     Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.

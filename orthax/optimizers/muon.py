@@ -65,7 +65,7 @@ def muon(
         which differ by 0.012 among themselves.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
+      The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
       State: one momentum per matrix (4 bytes a parameter in float32), two moments per other
         parameter.
 

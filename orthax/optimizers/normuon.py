@@ -47,7 +47,7 @@ def normuon(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding.
+      The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
       State: Muon's and one number per neuron.
 
     Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.

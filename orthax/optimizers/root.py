@@ -50,7 +50,8 @@ def root(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype and sharding. State: Muon's.
+      The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
+      State: Muon's.
 
     Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
 

@@ -53,7 +53,8 @@ def trion(
     All other arguments are as in `orthax.muon`.
 
     Returns:
-      The optimizer; updates have the gradients' dtype, and on Explicit meshes their sharding.
+      The optimizer; updates have the wider dtype of gradients and params, and on Explicit meshes
+      their sharding.
       State: Muon's, and r indices per matrix.
 
     Complex leaves need the conjugate of `jax.grad`: a real loss falls along `-conj(grad)`.
