@@ -26,6 +26,7 @@ OPTIONS = {  # for MODEL below; some tests have a part of it
 }
 OPTIMIZERS = {
     "muon": orthax.muon(0.1, weight_decay=0.1, **OPTIONS),
+    "muon(int8)": orthax.muon(0.1, mu_dtype="int8", **OPTIONS),
     "normuon": orthax.normuon(0.1, **OPTIONS),
     "root": orthax.root(0.1, **OPTIONS),
     "auon": orthax.auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
