@@ -36,7 +36,7 @@ from orthax.transforms.shape_scale import (
     scale_to_rms,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # fmt: off
 __all__ = [

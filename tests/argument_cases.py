@@ -283,11 +283,11 @@ def padding(axes: int = 2) -> Argument:
     return Argument(bad + outside(*values, says=says), tuple(good))
 
 
-def rank() -> Argument:
+def rank(*, injectable: bool = True) -> Argument:
     """The rank of `low_rank`; a number that is no integer is a fraction."""
     says = ("must be an integer", "a fraction in (0, 1]", "function")
     bad = wrong("8", None, True, (8,), 1j, says=says)
-    bad += wrong(jnp.int32(8), jnp.ones(2), says=(*says, "static_args"))
+    bad += wrong(jnp.int32(8), jnp.ones(2), says=(*says, "static_args") if injectable else says)
     beyond = (0, -1, 0.0, -0.5, 1.5, NAN, INF, np.float32(2), np.int64(0))
     good = (2, np.int64(2), 1, 0.5, np.float32(0.5), 1.0, lambda m, n: 2)
     return Argument(bad + outside(*beyond, says=says), good)
@@ -627,6 +627,7 @@ CALLS = (
         orthax.explain,
         {"params": KERNELS},
         dimension_numbers=dimension_numbers(lambda result: result),
+        rank=rank(injectable=False).but(none=True),
     ),
     call(
         "PathRules",
@@ -659,7 +660,6 @@ CALLS = (
         eps_root=number("[0, inf)"),
         error_feedback=flag(),
         bias_correction=choice("per_index", "global"),
-        mu_dtype=dtype(),
         buffer_dtype=dtype("int8", "int4"),
     ),
     Call("by_name", orthax.by_name, {}, {"name": choice(*orthax.OPTIMIZERS)}),
@@ -1129,12 +1129,16 @@ def later() -> list[Row]:
             UNDECIDED,
         )
 
+    def explained(found: Any) -> Any:
+        return orthax.explain(KERNELS, rank=lambda m, n: found)
+
+    says = ("rank(4, 6)", LEAF, "must be an integer in [1, inf)")
+    add("explain", "rank", explained, *wrong(2.5, says=says), *outside(0, says=says))
     for name, make in WITH_RANK.items():
 
         def ranked(found: Any, make: Any = make) -> Any:
             return make(rank=lambda m, n: found).init(KERNELS)
 
-        says = ("rank(4, 6)", LEAF, "must be an integer in [1, inf)")
         add(name, "rank", ranked, *wrong(2.5, True, None, "2", says=says))
         add(name, "rank", ranked, *outside(0, -3, says=says))
         odd = Bad(struct(6, 16), ValueError, ("Hadamard matrix of size 6", "12, 20, 24"))

@@ -233,6 +233,14 @@ CASES = (
             for name in ("weight_decay", "mask", "dimension_numbers", "mu_dtype")
         },
     ),
+    optimizer(
+        "dct_adamw(int8)",
+        orthax.dct_adamw,
+        *("b1", "b2", "eps"),
+        rank=3,
+        mu_dtype="int8",
+        update_every=1,
+    ),
     optimizer("hybrid_auon", orthax.hybrid_auon, "gamma", steps=1),
     optimizer("hybrid_auon(options)", orthax.hybrid_auon, "gamma", steps=2, **options_of_auon),
 )

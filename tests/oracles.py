@@ -479,10 +479,12 @@ def dct_adamw(
     update_every=1,
     bias_correction="per_index",
     weight_decay=0.0,
+    keep=lambda mu, nu: mu,
 ):
     """DCT-AdamW (2505.17967) and its code: moments by index, zeros where it is not in use.
 
     Its bias correction counts all updates ("global"); "per_index" those since an index came in.
+    `keep` makes what is stored of first moments, in the leaf's orientation.
     """
     p, path = float64(p), []
     error, mu, nu = (np.zeros_like(shorter_last(p)) for _ in range(3))
@@ -504,7 +506,17 @@ def dct_adamw(
         u = u if p.shape[0] > p.shape[1] else u.T
         p = p * (1 - learning_rate * weight_decay) - learning_rate * u
         path.append(p)
+        tall = p.shape[0] > p.shape[1]
+        kept = mu[:, used], nu[:, used]
+        mu[:, used] = keep(*kept) if tall else keep(*(x.T for x in kept)).T
     return path
+
+
+def rows_in_256_levels(x):
+    """To the nearest of 256 levels between the ends of each row."""
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    spacing = (high - low) / 255
+    return low + np.round((x - low) / np.where(spacing > 0, spacing, 1)) * spacing
 
 
 def spread(x, axis):

@@ -830,3 +830,38 @@ def test_the_kernel_of_a_layer_that_is_the_whole_model_is_read_by_its_bias():
     rules = orthax.nn.dimension_numbers(model)
     table = orthax.explain(nnx.state(model, nnx.Param), rules)
     assert {row.path: row.view for row in table.rows}["kernel"] == "(12, 8)"
+
+
+# --- the rank of low-rank optimizers
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown"),
+    [
+        (0.25, ["16 of 64", "2 of 8 + 1 of 4 + 1 of 4", "12 of 48", ""]),
+        (32, ["32 of 64", "all 8 + all 4 + all 4", "32 of 48", ""]),
+        (lambda m, n: m // 2, ["32 of 64", "4 of 8 + all 4 + all 4", "all 48", ""]),
+    ],
+    ids=["fraction", "integer", "function"],
+)
+def test_explain_tells_the_rank_of_low_rank_optimizers(rank, shown):
+    shapes = {"up": (64, 256), "packed": (8, 16), "conv": (3, 4, 8, 48), "bias": (256,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    rules = {
+        "up": optax.contrib.MuonDimensionNumbers(0, 1),
+        "packed": orthax.Packed(
+            optax.contrib.MuonDimensionNumbers(0, 1), axis=1, sections=(8, 4, 4)
+        ),
+        "conv": optax.contrib.MuonDimensionNumbers((0, 1, 2), 3),
+        "bias": None,
+    }
+    table = orthax.explain(params, rules, rank=rank)
+    ranks = {row.path: row.rank for row in table.rows}
+    assert [ranks[name] for name in shapes] == shown
+    assert "rank" in str(table).splitlines()[0]
+    assert "rank" not in str(orthax.explain(params, rules)).splitlines()[0]
+    # what the optimizer does
+    tx = orthax.low_rank(optax.identity(), rank)
+    matrices = {"up": params["up"]}
+    kept = jax.tree.leaves(jax.eval_shape(tx.init, matrices).subspaces)
+    assert [x.shape[-1] for x in kept] == [int(shown[0].split()[0])]

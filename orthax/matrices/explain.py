@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import optax
 
+from orthax.base.rank import check_rank, rank_of
 from orthax.matrices import names, reports
 from orthax.matrices.partition import Leaf, resolve
 from orthax.matrices.view import MatrixView
@@ -23,6 +25,7 @@ class ExplainedLeaf:
       view: Shape of the matrices, sections joined by `+`; empty for the fallback.
       batch: Number of matrices.
       fan_in: Rows of each matrix; `fan_out`: columns, of each section of a packed leaf.
+      rank: Dimensions that a low-rank optimizer keeps, of each section; empty if not asked.
       destination: `matrices`, `fallback` or `undecided`; `reason`: the rule that decided, and a
         mark on what looks like an output head and is not called so.
     """
@@ -33,6 +36,7 @@ class ExplainedLeaf:
     batch: str
     fan_in: str
     fan_out: str
+    rank: str
     destination: str
     reason: str
 
@@ -52,6 +56,8 @@ class Explanation:
 
     def __str__(self) -> str:
         titles = [field.name for field in dataclasses.fields(ExplainedLeaf)]
+        if not any(row.rank for row in self.rows):
+            titles.remove("rank")
         cells = [titles, *([str(getattr(row, title)) for title in titles] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         widths[-1] = 0
@@ -64,7 +70,12 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
+def explain(
+    params: optax.Params,
+    dimension_numbers: Any = None,
+    *,
+    rank: int | float | Callable[[int, int], int] | None = None,
+) -> Explanation:
     """Shows where each leaf goes and how it is read, without raising for undecided ones.
 
     The default rule reads names word by word (`LMHead_0`: lm, head). To the fallback go
@@ -92,6 +103,9 @@ def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
     Args:
       params: A tree of arrays or `ShapeDtypeStruct`s.
       dimension_numbers: As in `as_matrices`.
+      rank: That of `low_rank`, `trion` or `dct_adamw` (whose default is 0.25), for a column with
+        the dimensions that they keep of each matrix: "32 of 128", or "all 128" where nothing is
+        saved. None: no such column.
 
     Returns:
       A printable table: path, shape, view, batch, fan_in, fan_out, destination and the rule that
@@ -104,9 +118,11 @@ def explain(params: optax.Params, dimension_numbers: Any = None) -> Explanation:
       path       shape   view    batch  fan_in  fan_out  destination  reason
       up/kernel  (4, 8)  (4, 8)  1      4       8        matrices     two axes: (rows, cols)
     """
+    if rank is not None:
+        check_rank("explain", rank, injectable=False)
     leaves = resolve("explain", params, dimension_numbers, report=True)
     heads = _heads_of_other_names(leaves)
-    rows = (_line(leaf, leaf.path in heads) for leaf in leaves)
+    rows = (_line(leaf, leaf.path in heads, rank) for leaf in leaves)
     notes = reports.unmatched(dimension_numbers, params)
     if unnamed := reports.missing_names(params, dimension_numbers, ranks=1):
         notes.append(unnamed)
@@ -155,16 +171,23 @@ def _views(leaf: Leaf) -> tuple[MatrixView, ...]:
     return leaf.view.sections
 
 
-def _line(leaf: Leaf, is_head: bool) -> ExplainedLeaf:
+def _line(leaf: Leaf, is_head: bool, rank: Any) -> ExplainedLeaf:
     shape = np.shape(leaf.value)
     if leaf.view is None:
         destination = "undecided" if leaf.reason.startswith("undecided") else "fallback"
-        return ExplainedLeaf(leaf.path, shape, "", "", "", "", destination, leaf.reason)
+        return ExplainedLeaf(leaf.path, shape, "", "", "", "", "", destination, leaf.reason)
     views = _views(leaf)
     batch = sum(math.prod(view.batch) for view in views)
     fan_in = " + ".join(str(size) for size in dict.fromkeys(view.fan_in for view in views))
     fan_out = " + ".join(str(view.fan_out) for view in views)
+    ranks = "" if rank is None else " + ".join(_rank(leaf.path, view, rank) for view in views)
     reason = f"{leaf.reason}; looks like an output head" if is_head else leaf.reason
     return ExplainedLeaf(
-        leaf.path, shape, str(leaf.view), str(batch), fan_in, fan_out, "matrices", reason
+        leaf.path, shape, str(leaf.view), str(batch), fan_in, fan_out, ranks, "matrices", reason
     )
+
+
+def _rank(path: str, view: MatrixView, rank: Any) -> str:
+    shorter = min(view.fan_in, view.fan_out)
+    kept = rank_of("explain", rank, path, (view.fan_in, view.fan_out))
+    return f"{kept} of {shorter}" if kept < shorter else f"all {shorter}"

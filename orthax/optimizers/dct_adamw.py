@@ -8,8 +8,9 @@ import optax
 
 from orthax.base import check
 from orthax.base.leaves import keep_dtypes
+from orthax.linalg.quantization import BITS
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import QUARTER, decay_step, fallback_chain, rate_step
+from orthax.optimizers.parts import QUARTER, adam_step, decay_step, fallback_chain, rate_step
 from orthax.transforms.adam_per_index import scale_by_adam_per_index
 from orthax.transforms.low_rank.projection import projected
 
@@ -56,7 +57,8 @@ def dct_adamw(
       bias_correction: "per_index" knows how long each column has been in use; "global", the
         paper's, counts all updates, so that the first step of a new column is 3.2 times too long.
       fallback: Transformation for all other leaves; None: AdamW with the same arguments.
-      mu_dtype: Dtype of first moments.
+      mu_dtype: Dtype of first moments, or "int8": a byte an entry for those of matrices, in units
+        of the second moment's root. In `optax.inject_hyperparams`, list it in `static_args`.
       buffer_dtype: Of the error feedback: None (the params'), a dtype, or "int8" or "int4" for so
         many bits an entry.
 
@@ -81,9 +83,11 @@ def dct_adamw(
         check.number(f"dct_adamw: {argument}", b, "[0, 1)")
     check.number("dct_adamw: eps", eps, "[0, inf)")
     check.number("dct_adamw: eps_root", eps_root, "[0, inf)")
-    check.floating_dtype("dct_adamw: mu_dtype", mu_dtype)
-    per_index = scale_by_adam_per_index(b1, b2, eps, eps_root=eps_root, mu_dtype=mu_dtype)
-    adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype=mu_dtype)
+    check.floating_dtype("dct_adamw: mu_dtype", mu_dtype, names=("int8",))
+    quantised = isinstance(mu_dtype, str) and mu_dtype == "int8"
+    moment_dtype = None if quantised else mu_dtype
+    per_index = scale_by_adam_per_index(b1, b2, eps, eps_root=eps_root, mu_dtype=moment_dtype)
+    adam = adam_step(moment_dtype, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     low_rank = projected(
         "dct_adamw",
         per_index if bias_correction == "per_index" else keep_dtypes(adam),
@@ -93,6 +97,7 @@ def dct_adamw(
         retain=0.0 if error_feedback else None,
         update_every=update_every,
         buffer_dtype=buffer_dtype,
+        mu_bits=BITS["int8"] if quantised else None,
     )
     decay = decay_step("dct_adamw", weight_decay)
     rate = rate_step("dct_adamw", learning_rate)

@@ -34,10 +34,21 @@ def momentum_step(
     return optax.trace(decay, nesterov=nesterov, accumulator_dtype=mu_dtype)
 
 
-def adam_step(mu_dtype: Any = None) -> optax.GradientTransformation:
+def adam_step(
+    mu_dtype: Any = None,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformation:
     """`optax.scale_by_adam` of the fallback; its moments are not quantised with the momentum."""
     quantised = isinstance(mu_dtype, str) and mu_dtype in BITS
-    return optax.scale_by_adam(mu_dtype=None if quantised else mu_dtype)
+    # The root of a moment of zero (an unused row of an embedding) has no derivative, and gradients
+    # through the update would be NaN. What is added changes no step: its root is 1e-7 of eps.
+    return optax.scale_by_adam(
+        b1, b2, eps, eps_root + 1e-30, mu_dtype=None if quantised else mu_dtype
+    )
 
 
 def decay_step(

@@ -8,7 +8,7 @@ import optax
 
 from orthax.base import check
 from orthax.matrices.partition import DecidedLeaves, partition
-from orthax.optimizers.parts import QUARTER, decay_step, fallback_chain, rate_step
+from orthax.optimizers.parts import QUARTER, adam_step, decay_step, fallback_chain, rate_step
 from orthax.transforms.low_rank.projection import projected
 from orthax.transforms.orthogonalize import orthogonalize
 from orthax.transforms.shape_scale import scale_by_adam_rms
@@ -80,7 +80,7 @@ def trion(
         buffer_argument="mu_dtype",
     )
     direction = optax.chain(low_rank, shape_scale)
-    adam = optax.scale_by_adam()
+    adam = adam_step()
     decay = decay_step("trion", weight_decay)
     rate = rate_step("trion", learning_rate)
 

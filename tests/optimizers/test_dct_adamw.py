@@ -8,7 +8,7 @@ import oracles
 import paths
 import pytest
 import tolerances
-from helpers import GOLDEN, array_bytes, normal_tree
+from helpers import GOLDEN, array_bytes, normal, normal_tree, says
 from paths import run, updates_of
 
 import orthax
@@ -92,6 +92,19 @@ def test_it_follows_the_transcription(bias_correction, error_feedback, update_ev
     params, grads = tree(0, 0.1), [tree(seed) for seed in range(1, 9)]
     optimizer = orthax.dct_adamw(0.05, 4, **options, **settings)
     oracle = functools.partial(transcribed, learning_rate=0.05, rank=4, **options)
+    paths.assert_follows(optimizer, params, grads, oracle)
+
+
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_first_moments_of_8_bits_follow_the_transcription(bias_correction):
+    options = {"basis": "dct", "bias_correction": bias_correction, "b2": 0.95}
+    params, grads = tree(0, 0.1), [tree(seed) for seed in range(1, 7)]
+    optimizer = orthax.dct_adamw(0.05, 4, mu_dtype="int8", **options, **settings)
+
+    def keep(mu, nu):
+        return oracles.rows_in_256_levels(mu / np.sqrt(nu)) * np.sqrt(nu)
+
+    oracle = functools.partial(transcribed, learning_rate=0.05, rank=4, keep=keep, **options)
     paths.assert_follows(optimizer, params, grads, oracle)
 
 
@@ -197,6 +210,45 @@ def test_error_feedback_takes_the_bytes_of_its_dtype(buffer_dtype):
     states = (jax.eval_shape(tx.init, params) for tx in (optimizer, without))
     ours, theirs = map(array_bytes, states)
     assert ours - theirs == expected
+
+
+@pytest.mark.parametrize("bias_correction", ["per_index", "global"])
+def test_first_moments_of_8_bits_take_a_byte_an_entry(bias_correction):
+    params = tree(0)
+    whole, ours = (
+        jax.eval_shape(
+            orthax.dct_adamw(
+                0.1, 3, bias_correction=bias_correction, mu_dtype=mu_dtype, **settings
+            ).init,
+            params,
+        )
+        for mu_dtype in (None, "int8")
+    )
+    # (10, 24) -> (3, 24), (24, 10) -> (24, 3), (12, 12) -> (3, 12), (2, 8, 12) -> (2, 3, 12)
+    entries, rows = 72 + 72 + 36 + 72, 3 + 24 + 3 + 6
+    assert array_bytes(whole) - array_bytes(ours) == 3 * entries - 8 * rows
+
+
+def test_8_bit_moments_of_rows_of_large_and_small_entries_give_adams_steps():
+    """Levels between the ends of such a row would be wider than its small moments."""
+    scale = np.float32([1.0, 1e-3, 1e-6, 0.0, 1e-2, 1e-5])
+    params = {"dense": {"kernel": jnp.zeros((6, 6))}}
+    steps = {}
+    for mu_dtype in (None, "int8"):
+        tx = orthax.dct_adamw(1.0, 1.0, eps=1e-12, mu_dtype=mu_dtype)
+        state = tx.init(params)
+        for seed in range(4):
+            g = {"dense": {"kernel": normal((6, 6), seed=seed) * scale}}
+            steps[mu_dtype], state = tx.update(g, state, params)
+    exact, ours = (x["dense"]["kernel"] for x in steps.values())
+    assert np.abs(exact).max() > 0.5
+    np.testing.assert_allclose(ours, exact, atol=0.02)
+
+
+def test_complex_leaves_are_refused_by_8_bit_moments():
+    params = {"dense": {"kernel": jnp.zeros((4, 8), jnp.complex64)}}
+    with pytest.raises(TypeError, match=says("dct_adamw", "dense/kernel", "mu_dtype='int8'")):
+        orthax.dct_adamw(0.1, mu_dtype="int8").init(params)
 
 
 @pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])

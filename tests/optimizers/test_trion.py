@@ -7,7 +7,7 @@ import optax
 import oracles
 import paths
 import pytest
-from helpers import array_bytes, normal_tree
+from helpers import array_bytes, normal_tree, says
 from paths import updates_of
 
 import orthax
@@ -150,3 +150,10 @@ def test_a_momentum_in_few_bits_takes_so_many_and_two_numbers_a_row(bits):
 def test_a_least_squares_problem_is_solved_whatever_the_bits_of_the_momentum(mu_dtype):
     optimizer = published(optax.linear_schedule(0.3, 0.0, 150), 4, 0.8, mu_dtype=mu_dtype)
     assert paths.part_of_the_loss_left(optimizer, 150) < 0.02
+
+
+def test_a_state_of_the_former_default_rank_is_refused_with_what_to_pass():
+    params = {"dense": {"kernel": jnp.zeros((256, 300))}}
+    state = orthax.trion(0.1, rank=128).init(params)
+    with pytest.raises(ValueError, match=says("'dense/kernel'", "rank 128", "is now 64", "pass")):
+        orthax.trion(0.1).update(params, state, params)

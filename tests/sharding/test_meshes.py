@@ -38,6 +38,9 @@ OPTIMIZERS = {
         update_every=2,
         dimension_numbers=OPTIONS["dimension_numbers"],
     ),
+    "dct_adamw(int8)": orthax.dct_adamw(
+        0.1, 4, mu_dtype="int8", dimension_numbers=OPTIONS["dimension_numbers"]
+    ),
     "hybrid_auon": orthax.hybrid_auon(0.1, dimension_numbers=OPTIONS["dimension_numbers"]),
 }
 TRANSFORMS = {

@@ -6,19 +6,13 @@ import numpy as np
 import optax
 import pytest
 from helpers import array_bytes, normal, says
+from oracles import rows_in_256_levels
 
 import orthax
 from orthax.transforms.trace_int8 import trace_int8
 
 DECAY = 0.9
 QUANTISING = ("muon", "normuon", "root", "auon", "hybrid_auon", "trion")
-
-
-def rounded(m):
-    """To the nearest of 256 levels between the ends of each row, in float64."""
-    low, high = m.min(-1, keepdims=True), m.max(-1, keepdims=True)
-    spacing = (high - low) / 255
-    return low + np.round((m - low) / spacing) * spacing
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -31,7 +25,7 @@ def test_it_follows_its_definition(shape, nesterov):
         updates, state = jax.jit(tx.update)(g, state)
         m = g + DECAY * kept
         np.testing.assert_allclose(updates, g + DECAY * m if nesterov else m, atol=2e-6)
-        kept = rounded(m)
+        kept = rows_in_256_levels(m)
 
 
 def test_rows_of_equal_entries_are_exact_for_ever():

@@ -1,7 +1,6 @@
 """One leaf of `low_rank` and its subspace: which axis is projected, how far, and on what mesh."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
-from orthax.base import check
 from orthax.base.leaves import explicit_sharding, matrix_leaves, path_text, spec_of
 from orthax.base.placing import laid_out, replicate_beside, resized_zeros, zeros_beside
+from orthax.base.rank import rank_of
 from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
 from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_subspace
@@ -153,7 +152,7 @@ def make_frames(tree: optax.Params, rank: Any, kind: Kind, bases: Any) -> list[F
     frames = []
     for leaf, (path, sharding, *_) in zip(leaves, places, strict=True):
         n = min(np.shape(leaf)[-2:])
-        r = min(n, _rank_of(kind.call, rank, path, np.shape(leaf)))
+        r = min(n, rank_of(kind.call, rank, path, np.shape(leaf)))
         # A leaf of no more rank than is asked for is left whole.
         projected = r < n and np.size(leaf)
         subspace = make_subspace(path, n, kind, matrices.get(n)) if projected else Whole()
@@ -168,7 +167,9 @@ def check_kept(call: str, frames: list[Frame], kept: list[Any]) -> None:
         if found != (0 if isinstance(frame.subspace, Whole) else frame.rank):
             raise ValueError(
                 f"{call}: '{frame.path}' with shape {frame.shape} has a state of rank "
-                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank."
+                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank. To go "
+                f"on with it pass the rank it was made with (128 was the default of trion and "
+                "dct_adamw before version 0.2, a quarter of the shorter side is now)."
             )
 
 
@@ -179,7 +180,7 @@ def random_matrices(tree: Any, rank: Any, kind: Kind) -> Any:
     def draw(keys: KeyPath, leaf: Any) -> Any:
         shape = np.shape(leaf)
         n = min(shape[-2:])
-        if n in drawn or _rank_of(kind.call, rank, path_text(keys), shape) >= n:
+        if n in drawn or rank_of(kind.call, rank, path_text(keys), shape) >= n:
             return optax.MaskedNode()
         drawn.add(n)
         dtype = jnp.finfo(wide_dtype(leaf.dtype)).dtype
@@ -187,25 +188,3 @@ def random_matrices(tree: Any, rank: Any, kind: Kind) -> Any:
         return replicate_beside(jax.random.orthogonal(key, n, dtype=dtype), leaf)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
-
-
-def check_rank(call: str, rank: Any) -> None:
-    """Raises unless `rank` is an integer, a fraction or a function."""
-    if callable(rank):
-        return
-    accepted = "an integer of at least 1, a fraction in (0, 1] or a function of (m, n)"
-    if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
-        raise TypeError(
-            f"{call}: rank must be {accepted}, got {rank!r}. In optax.inject_hyperparams, list it "
-            f"in static_args: optax.inject_hyperparams(orthax.{call}, static_args=('rank',))(...)."
-        )
-    if not (rank >= 1 if isinstance(rank, (int, np.integer)) else 0 < rank <= 1):
-        raise ValueError(f"{call}: rank must be {accepted}, got {rank!r}.")
-
-
-def _rank_of(call: str, rank: Any, path: str, shape: tuple[int, ...]) -> int:
-    m, n = shape[-2:]
-    if not callable(rank):
-        whole = isinstance(rank, (int, np.integer))
-        return int(rank) if whole else max(1, math.floor(float(rank) * min(m, n) + 0.5))
-    return check.integer(f"{call}: rank({m}, {n}) of '{path}'", rank(m, n))

@@ -11,12 +11,12 @@ from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes
 from orthax.base.placing import cond, zeros_like
+from orthax.base.rank import check_rank
 from orthax.linalg.elementary import RANKINGS, number_for, wide
 from orthax.linalg.quantization import BITS, quantized_zeros
 from orthax.transforms.low_rank.frames import (
     Frame,
     check_kept,
-    check_rank,
     make_frames,
     random_matrices,
 )
@@ -26,6 +26,8 @@ from orthax.transforms.low_rank.quantized import (
     dequantize_leaves,
     in_one,
     quantize_leaves,
+    with_quantized_mu,
+    with_whole_mu,
 )
 from orthax.transforms.low_rank.subspaces import BASES, Kind
 
@@ -62,8 +64,12 @@ def projected(
     buffer_argument: str = "buffer_dtype",
     rounding: str = "nearest",
     seed: int = 0,
+    mu_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`low_rank`, for a call whose name, and name of the buffer's dtype, stand in errors."""
+    """`low_rank`, for a call whose name, and name of the buffer's dtype, stand in errors.
+
+    With `mu_bits`, `inner` is Adam, and its first moment is kept in so many bits an entry.
+    """
     check.transformation(f"{call}: inner", inner)
     check_rank(call, rank)
     check.choice(f"{call}: basis", basis, BASES)
@@ -80,10 +86,20 @@ def projected(
 
     kind = Kind(call, basis, ranking, seed)
 
+    def check_complex(frames: list[Frame], xs: list[jax.Array], argument: str, dtype: Any) -> None:
+        """Raises, naming the leaf, if what is kept would lose the imaginary part."""
+        if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+            return
+        for frame, x in zip(frames, xs, strict=True):
+            if jnp.issubdtype(x.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"{call}: '{frame.path}' is complex, and {argument}={dtype!r} is not."
+                )
+
     def save(
         frames: list[Frame], xs: list[jax.Array], dtypes: list[Any], structure: Any, count: Any
     ) -> Any:
-        _check_complex(call, frames, xs, buffer_dtype)
+        check_complex(frames, xs, buffer_argument, buffer_dtype)
         if bits is not None:
             stochastic = seed if rounding == "stochastic" else None
             return quantize_leaves(frames, xs, structure, bits=bits, seed=stochastic, count=count)
@@ -99,11 +115,16 @@ def projected(
         leaves, structure = jax.tree.flatten(params)
         bases = random_matrices(params, rank, kind) if basis == "random" else None
         frames = make_frames(params, rank, kind, bases)
-        _check_complex(call, frames, leaves, buffer_dtype if retain is not None else None)
+        if retain is not None:
+            check_complex(frames, leaves, buffer_argument, buffer_dtype)
+        if mu_bits is not None:
+            check_complex(frames, leaves, "mu_dtype", f"int{mu_bits}")
         kept = [*map(Frame.first, frames, leaves)]
         # What inner keeps is as large as the coordinates, not as the params.
         inner_state = inner.init(structure.unflatten(map(Frame.first_low, frames, leaves)))
         check_inner_state(call, inner, inner_state, structure.unflatten(frames))
+        if mu_bits is not None:
+            inner_state = with_quantized_mu(inner_state, mu_bits, start=True)
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
@@ -128,19 +149,21 @@ def projected(
             saved = load(frames, state.residuals, structure)
             xs = [x + residual.astype(x.dtype) for x, residual in zip(xs, saved, strict=True)]
 
+        held = state.inner if mu_bits is None else with_whole_mu(state.inner, mu_bits)
+
         def choose() -> tuple[Any, Any, Any]:
             # The r columns where b Q is largest, and b's coordinates there, low = b Q_r. What the
             # inner state holds for a column that stays goes where the column is now.
             pairs = [*map(Frame.choose, frames, xs, old)]
             new, low = [kept for kept, _ in pairs], [coordinates for _, coordinates in pairs]
-            moved = state.inner
-            if jax.tree.leaves(state.inner):
+            moved = held
+            if jax.tree.leaves(held):
                 trees = structure.unflatten(frames), state.subspaces, structure.unflatten(new)
-                moved = move_inner_state(inner, state.inner, *trees, start=state.count == 0)
+                moved = move_inner_state(inner, held, *trees, start=state.count == 0)
             return new, low, moved
 
         def keep() -> tuple[Any, Any, Any]:
-            return old, [*map(Frame.project, frames, xs, old)], state.inner
+            return old, [*map(Frame.project, frames, xs, old)], held
 
         if update_every == 1:
             new, low, inner_state = choose()
@@ -156,6 +179,8 @@ def projected(
         directions, inner_state = inner.update(
             structure.unflatten(low), inner_state, low_params, **extra
         )
+        if mu_bits is not None:
+            inner_state = with_quantized_mu(inner_state, mu_bits)
 
         # inner(low) Q_r^T, back in the shape of the leaf.
         directions = structure.flatten_up_to(directions)
@@ -185,14 +210,3 @@ def _projected(frame: Frame, x: Any, kept: Any) -> Any:
     """Coordinates of params, in their dtype."""
     x = jnp.asarray(x)
     return frame.project(wide(x), kept).astype(x.dtype)
-
-
-def _check_complex(call: str, frames: list[Frame], xs: list[jax.Array], buffer_dtype: Any) -> None:
-    """Raises, naming the leaf, if a buffer would lose the imaginary part."""
-    if buffer_dtype is None or jnp.issubdtype(buffer_dtype, jnp.complexfloating):
-        return
-    for frame, x in zip(frames, xs, strict=True):
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"{call}: '{frame.path}' is complex, and buffer_dtype={buffer_dtype!r} is not."
-            )

@@ -1,12 +1,16 @@
-"""What `low_rank` keeps of gradients outside their subspace, in 8 or 4 bits an entry."""
+"""What `low_rank` keeps in 8 or 4 bits an entry: gradients outside their subspace, moments."""
 
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
-from orthax.linalg.quantization import Quantized
+from orthax.base.leaves import explicit_sharding, spec_of
+from orthax.base.placing import laid_out
+from orthax.linalg.elementary import divided, root, wide
+from orthax.linalg.quantization import Quantized, dequantize, quantize, quantized_zeros
 from orthax.transforms.low_rank.frames import Frame
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -48,6 +52,46 @@ def dequantize_leaves(
         frame.dequantize(Quantized(*parts), bits)
         for frame, *parts in zip(frames, *fields, strict=True)
     ]
+
+
+def with_quantized_mu(state: Any, bits: int, *, start: bool = False) -> Any:
+    """Adam's state with its first moment in 8 bits an entry; at the start of zeros, unread.
+
+    In units of the root of the second moment, as Adam uses it: levels between the ends of a row of
+    moments would be wider than its small ones, and Adam would divide by nearly nothing.
+    """
+
+    def saved(mu: jax.Array, nu: jax.Array) -> Quantized:
+        def save(mu: jax.Array, nu: jax.Array) -> Quantized:
+            return quantize(divided(wide(mu), root(wide(nu))), bits)
+
+        sharding = explicit_sharding(mu)
+        if sharding is None:
+            return save(mu, nu)
+        row: Any = sharding.update(spec=PartitionSpec(*spec_of(sharding, mu.ndim)[:-1], None))
+        codes: Any = sharding
+        return laid_out(save, Quantized(codes, row, row))(mu, nu)
+
+    moments, structure = jax.tree.flatten(state.mu)
+    if start:
+        parts = [quantized_zeros(mu, bits) for mu in moments]
+    else:
+        parts = [*map(saved, moments, jax.tree.leaves(state.nu))]
+    return state._replace(mu=in_one(parts, structure))
+
+
+def with_whole_mu(state: Any, bits: int) -> Any:
+    """The same state with the moment in floating point."""
+
+    def whole(nu: jax.Array, *parts: jax.Array) -> jax.Array:
+        def read(nu: jax.Array, kept: Quantized) -> jax.Array:
+            return dequantize(kept, bits, kept.codes.shape[-1]) * root(wide(nu))
+
+        kept = Quantized(*parts)
+        sharding = explicit_sharding(kept.codes)
+        return read(nu, kept) if sharding is None else laid_out(read, sharding)(nu, kept)
+
+    return state._replace(mu=jax.tree.map(whole, state.nu, *state.mu))
 
 
 def _key(seed: int | None, path: str, count: jax.Array) -> jax.Array | None:
