@@ -1,61 +1,86 @@
 """From a function of one matrix to a transformation of trees of matrices, in one place.
 
-`each_matrix` checks leaves, runs the function on meshes, gives results the dtypes and shardings of
-what came, and calls the function once per stack of equal shapes where that pays: a model has few
-shapes and many layers, and stacks make a compiled program as large as the number of shapes.
+`each_matrix` checks leaves, maps the function over them (`stacks`) and, where leaves lie on a mesh
+and it pays, lets each device work on whole matrices of its own (`whole_matrices`). `chain` makes
+one transformation of several, so that matrices travel once for all of them.
 """
 
-import math
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from orthax.base.leaves import (
-    Place,
-    check_matrix_leaves,
-    check_params,
-    explicit_sharding,
-    matrix_leaves,
-    spec_of,
-    vary_as,
-    varying_axes,
-)
-from orthax.base.placing import laid_out
+from orthax.base.leaves import check_matrix_leaves, check_params
+from orthax.base.stacks import ALL, NONE, SMALL, columns_of, map_matrices
+from orthax.base.whole_matrices import AsItIs, Reading, entries_of, on_owners, one_mesh
 
-Row = tuple[Any, ...]
-"""What belongs to one leaf: the matrices, what the state holds for them, the params."""
+__all__ = ["ALL", "NONE", "SMALL", "EachMatrix", "chain", "each_matrix"]
 
-NONE = 0
-SMALL = 2**15
-ALL = math.inf
-"""Entries of the largest leaf that shares a stack.
 
-Small matrices take longer to compile one by one than to stack, large ones longer to copy: on CPU
-192 leaves of (64, 64) compile in a tenth of the time if stacked; stacks run as long as single
-matrices for 128 x 128, 1.2 times as long for 256 x 256, twice for 768 x 768."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What `each_matrix` was called with."""
 
-MAX_STACK = 256
-"""Matrices in one stack, unless a single array holds more."""
+    call: str
+    run: Callable[..., Any]
+    share: float
+    needs_params: bool
+    numbers: tuple[Any, ...]
+    per_shape: Callable[..., jax.Array] | None
+    init: Callable[[Any], tuple[jax.Array, ...]] | None
+    state_type: Any
+    whole: bool
 
-MAPPED_BACKENDS = ("cpu",)
-"""Backends where a stack is mapped over, one matrix after the other, instead of batched: on CPU one
-matrix fills the cores and stays in the cache (benchmarks/stacking.py)."""
+    def start(self, params: optax.Params) -> optax.OptState:
+        """The state for some params."""
+        if self.init is None or self.state_type is None:
+            return optax.EmptyState()
+        check_matrix_leaves(self.call, params)
+        leaves, structure = jax.tree.flatten(params)
+        columns = columns_of(list(map(self.init, leaves)), len(self.state_type._fields))
+        return self.state_type(*map(structure.unflatten, columns))
+
+    def update(
+        self, updates: optax.Updates, state: Any, params: optax.Params | None
+    ) -> tuple[optax.Updates, Any]:
+        """The step for every leaf, where it lies."""
+        if self.needs_params:
+            check_params(self.call, params)
+            check_matrix_leaves(self.call, params)
+        kept = () if self.state_type is None else state
+        trees = [updates, *kept, *([params] if self.needs_params else [])]
+        results, *new = map_matrices(
+            self.call, self.run, trees, 1 + len(kept), self.numbers, self.share, self.per_shape
+        )
+        return results, state if self.state_type is None else self.state_type(*new)
 
 
 class EachMatrix(optax.GradientTransformation):
-    """A transformation that treats every matrix of a tree alone; made by `each_matrix`."""
+    """A transformation that treats every matrix of a tree alone; made by `each_matrix` or `chain`.
 
-    call: str
-    step: Callable[..., Any]
-    needs_params: bool
+    Attributes:
+      steps: What is done to each matrix, in turn.
+      is_chain: Whether the state is a tuple of the steps' states, as of `optax.chain`.
+    """
+
+    steps: tuple[Step, ...]
+    is_chain: bool
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether a step takes the params."""
+        return any(step.needs_params for step in self.steps)
+
+    @property
+    def whole(self) -> bool:
+        """Whether matrices of a mesh travel to one device each."""
+        return any(step.whole for step in self.steps)
 
     def __repr__(self) -> str:
-        return f"<orthax.{self.call}>"
+        return f"<orthax.{' -> '.join(step.call for step in self.steps)}>"
 
 
 def each_matrix(
@@ -68,6 +93,7 @@ def each_matrix(
     per_shape: Callable[..., jax.Array] | None = None,
     init: Callable[[Any], tuple[jax.Array, ...]] | None = None,
     state_type: Any = None,
+    whole: bool = False,
 ) -> EachMatrix:
     """Makes a function of one matrix into a transformation.
 
@@ -84,180 +110,110 @@ def each_matrix(
       per_shape: Function of a leaf and the numbers to an array that `step` takes in their place:
         computed once for all leaves of a shape, which keeps programs of many leaves small.
       init: From zeros in the place of a leaf, or its `ShapeDtypeStruct`, to what the state holds
-        for it. None: there is no state.
+        for it: arrays (..., a, b) with the leaf's batch axes. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
+      whole: Whether it is so much work that matrices which a mesh cuts travel to one device each.
     """
+    made = Step(call, step, share, needs_params, numbers, per_shape, init, state_type, whole)
+    return _transformation((made,), is_chain=False)
 
-    def init_all(params: optax.Params) -> optax.OptState:
-        if init is None or state_type is None:
-            return optax.EmptyState()
-        check_matrix_leaves(call, params)
-        leaves, structure = jax.tree.flatten(params)
-        columns = _columns(list(map(init, leaves)), len(state_type._fields))
-        return state_type(*map(structure.unflatten, columns))
 
-    def update_all(
-        updates: optax.Updates, state: Any, params: Any = None
-    ) -> tuple[optax.Updates, Any]:
-        if needs_params:
-            check_params(call, params)
-            check_matrix_leaves(call, params)
-        kept = () if state_type is None else state
-        trees = [updates, *kept, *([params] if needs_params else [])]
-        results, *new = map_matrices(call, step, trees, 1 + len(kept), numbers, share, per_shape)
-        return results, state if state_type is None else state_type(*new)
+def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.chain`, whose matrices travel once on a mesh if all are made by `each_matrix`."""
+    steps: list[Step] = []
+    for tx in transformations:
+        if not isinstance(tx, EachMatrix) or tx.is_chain:
+            return optax.chain(*transformations)
+        steps += tx.steps
+    return _transformation(tuple(steps), is_chain=True)
 
-    made = EachMatrix(init_all, update_all)
-    made.call, made.step, made.needs_params = call, step, needs_params
+
+def _transformation(steps: tuple[Step, ...], *, is_chain: bool) -> EachMatrix:
+    def init(params: optax.Params) -> optax.OptState:
+        states = tuple(step.start(params) for step in steps)
+        return states if is_chain else states[0]
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if made.whole:
+            check_matrix_leaves(steps[0].call, updates)
+            readings = [AsItIs(tuple(range(x.ndim - 2))) for x in jax.tree.leaves(updates)]
+            if (found := run_whole(made, updates, state, params, readings)) is not None:
+                return found
+        updates, states = run(steps, updates, state if is_chain else (state,), params)
+        return updates, states if is_chain else states[0]
+
+    made = EachMatrix(init, update)
+    made.steps, made.is_chain = steps, is_chain
     return made
 
 
-def map_matrices(
-    call: str,
-    fun: Callable[..., Any],
-    trees: list[Any],
-    outputs: int,
-    numbers: tuple[Any, ...],
-    share: float,
-    per_shape: Callable[..., jax.Array] | None,
-) -> list[Any]:
-    """Maps `fun` over the leaves of trees of one structure; `None` and masked leaves stay.
+def run(
+    steps: Sequence[Step], updates: optax.Updates, states: Sequence[Any], params: Any
+) -> tuple[optax.Updates, tuple[Any, ...]]:
+    """One step after the other, each on leaves where they lie."""
+    after = []
+    for step, state in zip(steps, states, strict=True):
+        updates, state = step.update(updates, state, params)
+        after.append(state)
+    return updates, tuple(after)
 
-    The first tree holds matrices. Result i of `outputs`, a tuple where there are several, takes
-    dtype and sharding from argument i. All else is as in `each_matrix`.
+
+def run_whole(
+    made: EachMatrix,
+    updates: optax.Updates,
+    state: Any,
+    params: Any,
+    readings: Sequence[Reading],
+    shardings: Sequence[Any] | None = None,
+) -> tuple[optax.Updates, Any] | None:
+    """All steps, each device on whole matrices of its own; None where there is nothing to move.
+
+    Args:
+      made: The transformation.
+      updates: Leaves in their own shape.
+      state: Of what they open to.
+      params: Leaves in their own shape.
+      readings: How each leaf of `updates` is read as matrices.
+      shardings: Where each lies, if its type does not tell.
     """
-    leaves, places, structure = matrix_leaves(call, trees[0])
-    rows = list(zip(*map(structure.flatten_up_to, trees), strict=True))
-    results: list[Row] = [row[:outputs] for row in rows]  # as they are, without entries
-    filled = [i for i, x in enumerate(leaves) if x.size]
-    # Leaves on Auto axes share no stack: it would mix shardings that only the compiler knows.
-    shared = {i for i in filled if leaves[i].size <= share and not places[i].on_auto_axes}
-    groups = [[i] for i in filled if i not in shared] + _groups(rows, places, sorted(shared))
+    leaves, structure = jax.tree.flatten(updates)
+    mesh = one_mesh(leaves) if made.whole else None
+    if mesh is None:
+        return None
+    entries = entries_of(leaves, shardings)
+    if entries is None:
+        return None
+    widths = [len(step.state_type._fields) if step.state_type else 0 for step in made.steps]
+    traced = [isinstance(n, jax.Array) for step in made.steps for n in step.numbers]
 
-    traced = tuple(number for number in numbers if isinstance(number, Tracer))
+    def inside(numbers: Any, updates: Any, columns: list[Any], params: Any) -> Any:
+        given = iter(numbers)
+        is_traced = iter(traced)
+        steps = [
+            dataclasses.replace(
+                step, numbers=tuple(next(given) if next(is_traced) else n for n in step.numbers)
+            )
+            for step in made.steps
+        ]
+        updates, states = run(steps, updates, with_columns(columns), params)
+        return updates, columns_in(states)
 
-    def last_arguments(traced: Row, x: jax.Array) -> Row:
-        given = iter(traced)
-        last = tuple(next(given) if isinstance(n, Tracer) else n for n in numbers)
-        return last if per_shape is None else (per_shape(x, *last),)
+    def with_columns(columns: list[Any]) -> list[Any]:
+        ends = list(itertools.accumulate(widths))
+        return [
+            step.state_type(*columns[end - width : end]) if width else optax.EmptyState()
+            for step, width, end in zip(made.steps, widths, ends, strict=True)
+        ]
 
-    known: dict[Any, Row] = {}
-    for group in groups:
-        apply = _through_stack if group[0] in shared else _alone
-        these = [rows[i] for i in group]
-        x = these[0][0]
-        if places[group[0]].sharding is None:
-            if (x.shape, x.dtype) not in known:
-                known[x.shape, x.dtype] = last_arguments(traced, x)
-            found = apply(fun, these, known[x.shape, x.dtype])
-        else:  # every traced array is an argument: none of Explicit type may be closed over
+    def columns_in(states: Sequence[Any]) -> list[Any]:
+        return [c for s, width in zip(states, widths, strict=True) for c in (s if width else ())]
 
-            def inside(traced: Row, these: list[Row], apply: Any = apply) -> list[Row]:
-                return apply(fun, these, last_arguments(traced, these[0][0]))
-
-            out = [tuple(map(explicit_sharding, row[:outputs])) for row in these]
-            found = laid_out(inside, out)(traced, these)
-        for i, row in zip(group, found, strict=True):
-            results[i] = row
-    return [structure.unflatten(column) for column in _columns(results, outputs)]
-
-
-def _alone(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[Row]:
-    """Results of `fun` on one row; they take after its first arrays."""
-    (row,) = rows
-    found = fun(*row, *last)
-    found = found if isinstance(found, tuple) else (found,)
-    return [tuple(x.astype(like.dtype) for x, like in zip(found, row, strict=False))]
-
-
-def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
-    return [[row[i] for row in rows] for i in range(width)]
-
-
-# --- stacks of equal shapes
-
-
-def _groups(rows: list[Row], places: list[Place], chosen: list[int]) -> list[list[int]]:
-    """Positions of the leaves that share a stack: of one dtype, shape up to transpose, sharding."""
-    groups: dict[Any, list[int]] = {}
-    sizes: dict[Any, int] = {}
-    chunks: dict[Any, int] = {}
-    for i in chosen:
-        x, sharding = rows[i][0], places[i].sharding
-        spec = spec_of(sharding, x.ndim) if sharding else ()
-        if x.shape[-2] > x.shape[-1]:  # it will be transposed
-            spec = (*spec[:-2], *reversed(spec[-2:]))
-        dtypes = tuple(y.dtype for y in rows[i])
-        # A leaf that is the same on all devices would not be so after a stack with others.
-        varies = (places[i].varies, *map(varying_axes, rows[i][1:]))
-        key = (dtypes, *sorted(x.shape[-2:]), sharding and sharding.mesh, spec, varies)
-        count = math.prod(x.shape[:-2])
-        # A full stack is closed and the next one opened.
-        if sizes.get(key, 0) + count > MAX_STACK:
-            chunks[key] = chunks.get(key, 0) + 1
-            sizes[key] = 0
-        sizes[key] = sizes.get(key, 0) + count
-        groups.setdefault((key, chunks.get(key, 0)), []).append(i)
-    return list(groups.values())
-
-
-def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[Row]:
-    """Results of `fun` on the stack of some rows' matrices, cut again.
-
-    `fun` takes stacks (k, m, n), one for each array of a row, which are all of one shape, and the
-    last arguments; it commutes with transposition.
-    """
-
-    def with_last(*matrices: jax.Array) -> jax.Array:
-        return fun(*matrices, *last)
-
-    tall = [row[0].shape[-2] > row[0].shape[-1] for row in rows]
-    wide = [[x.mT if t else x for x in row] for row, t in zip(rows, tall, strict=True)]
-    if len(rows) == 1 and math.prod(rows[0][0].shape[:-2]) == 1:
-        results = [with_last(*wide[0])]
-    else:
-        matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
-        stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
-        mapped = jax.default_backend() in MAPPED_BACKENDS
-        stacks = vary_as(stacks, stacks, last)
-        stack = map_in_place(with_last, *stacks) if mapped else with_last(*stacks)
-        parts = _split(stack, [len(row[0]) for row in matrices])
-        results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]
-    return [
-        ((result.mT if t else result).astype(row[0].dtype),)
-        for result, row, t in zip(results, rows, tall, strict=True)
-    ]
-
-
-def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
-    """Cuts a stack into consecutive parts.
-
-    XLA compiles equal kernels once, but a slice's offset is part of its kernel: on CPU 192 slices
-    take 3.7 s to compile, 0.1 s if the offsets are data. A conditional with two equal branches
-    keeps the compiler from seeing them as constants.
-    """
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    if jax.default_backend() != "cpu" or len(sizes) < 8:
-        return [stack[start : start + n] for start, n in zip(starts, sizes, strict=True)]
-
-    def offsets() -> list[jax.Array]:
-        return [jnp.uint32(i) for i in (0, *starts)]
-
-    unknown = jnp.real(stack[0, 0, 0]) > 0
-    zero, *begins = jax.lax.cond(unknown, offsets, offsets)
-    return [
-        jax.lax.dynamic_slice(stack, (begin, zero, zero), (n, *stack.shape[1:]))
-        for begin, n in zip(begins, sizes, strict=True)
-    ]
-
-
-def map_in_place(fun: Callable[..., jax.Array], stack: jax.Array, *rest: jax.Array) -> jax.Array:
-    """`jax.lax.map` without a second stack: pages of fresh memory take time to get."""
-
-    def replace(i: jax.Array, stack: jax.Array) -> jax.Array:
-        matrices = [jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in (stack, *rest)]
-        result = fun(*matrices).astype(stack.dtype)
-        return jax.lax.dynamic_update_index_in_dim(stack, result, i, 0)
-
-    # An unsigned index needs no code for negative ones.
-    return jax.lax.fori_loop(np.uint32(0), np.uint32(len(stack)), replace, stack)
+    states = state if made.is_chain else (state,)
+    numbers = [n for step in made.steps for n in step.numbers if isinstance(n, jax.Array)]
+    columns = [structure.flatten_up_to(column) for column in columns_in(states)]
+    weights = structure.flatten_up_to(params) if made.needs_params else None
+    results, columns = on_owners(inside, numbers, mesh, leaves, readings, entries, columns, weights)
+    after = tuple(with_columns([structure.unflatten(column) for column in columns]))
+    return structure.unflatten(results), after if made.is_chain else after[0]

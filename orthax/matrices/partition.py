@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from orthax.base import check
+from orthax.base.each_matrix import EachMatrix, run_whole
 from orthax.base.leaves import given_for, keep_dtypes, params_of
 from orthax.matrices.default_rule import Undecided, Verdict, default_verdicts
 from orthax.matrices.path_rules import chosen_values
@@ -215,7 +216,8 @@ def _shown_matrices(
     inner: optax.GradientTransformation, decided: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Shows `inner` the leaves of a tree as matrices; leaves that are masked away stay so."""
-    inner = optax.with_extra_args_support(inner)
+    travels = isinstance(inner, EachMatrix) and inner.whole
+    per_matrix, inner = inner, optax.with_extra_args_support(inner)
 
     def masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
@@ -247,6 +249,14 @@ def _shown_matrices(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
+        if travels:
+            # On a mesh leaves are opened by the devices that own them: cut heads would be gathered.
+            views = jax.tree.map(
+                lambda x, leaf: x if masked(x) else leaf.view, updates, decided, is_leaf=masked
+            )
+            found = run_whole(per_matrix, updates, state, params, jax.tree.leaves(views))
+            if found is not None:
+                return found
         opened_params = None if params is None else opened(params)
         results, state = inner.update(opened(updates), state, opened_params, **extra)
         return closed(results, like=updates), state

@@ -94,16 +94,25 @@ class MatrixView:
     def _permutation(self) -> tuple[int, ...]:
         return self.batch_axes + self.reduction_axes + self.output_axes
 
-    def _move(self, x: jax.Array) -> jax.Array:
-        """The array, opened."""
+    def of_stack(self, rest: tuple[int, ...]) -> "MatrixView":
+        """The view of a stack of any size, whose axes but the first are those of one matrix."""
+        chosen = sorted(self.reduction_axes + self.output_axes)
+        at = {axis: 1 + i for i, axis in enumerate(chosen)}
+        reduction, output = (
+            tuple(at[a] for a in axes) for axes in (self.reduction_axes, self.output_axes)
+        )
+        return MatrixView((-1, *rest), (0,), reduction, output)
+
+    def opened(self, x: jax.Array) -> jax.Array:
+        """The array as matrices, on one device."""
         return jnp.reshape(jnp.transpose(x, self._permutation), self.matrix_shape)
 
-    def _move_back(self, y: jax.Array) -> jax.Array:
+    def closed(self, y: jax.Array) -> jax.Array:
         """The array whose opened view is `y`."""
         permuted = [self.shape[a] for a in self._permutation]
         return jnp.transpose(jnp.reshape(y, permuted), np.argsort(self._permutation).tolist())
 
-    def _moved_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
+    def opened_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
         """Spec of the opened view: a merged axis keeps the mesh axes of its first, major part."""
         merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
         return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
@@ -122,22 +131,37 @@ class PackedView:
 
     is_identity = False
 
-    def _move(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """The sections, each opened."""
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """Axes that count matrices, of every section."""
+        return self.sections[0].batch_axes
+
+    def of_stack(self, rest: tuple[int, ...]) -> "PackedView":
+        """The view of a stack of any size, whose axes but the first are those of one leaf."""
+        axis = 1 + self.axis - sum(a < self.axis for a in self.batch_axes)
+
+        def section(view: MatrixView) -> MatrixView:
+            size = view.shape[self.axis]
+            return view.of_stack((*rest[: axis - 1], size, *rest[axis:]))
+
+        return PackedView((-1, *rest), axis, tuple(map(section, self.sections)))
+
+    def opened(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """The sections as matrices, on one device."""
         ends = np.cumsum([view.shape[self.axis] for view in self.sections])
         parts = jnp.split(x, ends[:-1].tolist(), axis=self.axis)
-        return tuple(view._move(part) for view, part in zip(self.sections, parts, strict=True))
+        return tuple(view.opened(part) for view, part in zip(self.sections, parts, strict=True))
 
-    def _move_back(self, ys: tuple[jax.Array, ...]) -> jax.Array:
+    def closed(self, ys: tuple[jax.Array, ...]) -> jax.Array:
         """The leaf whose opened sections are `ys`."""
-        parts = [view._move_back(y) for view, y in zip(self.sections, ys, strict=True)]
+        parts = [view.closed(y) for view, y in zip(self.sections, ys, strict=True)]
         return jnp.concatenate(parts, axis=self.axis)
 
-    def _moved_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
+    def opened_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
         """Specs of the opened sections."""
         whole = list(entries)
         whole[self.axis] = None  # a section's size need not divide by the mesh axis
-        return tuple(view._moved_spec(tuple(whole)) for view in self.sections)
+        return tuple(view.opened_spec(tuple(whole)) for view in self.sections)
 
     def __str__(self) -> str:
         return " + ".join(str(view) for view in self.sections)
@@ -146,19 +170,19 @@ class PackedView:
 def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     """Returns `x` (array or `ShapeDtypeStruct`) as `(*batch, rows, cols)`, or a tuple of such."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(view._move, x)
+        return jax.eval_shape(view.opened, x)
     sharding = explicit_sharding(x)
     if sharding is None:
-        return view._move(x)
-    specs = view._moved_spec(spec_of(sharding, x.ndim))
+        return view.opened(x)
+    specs = view.opened_spec(spec_of(sharding, x.ndim))
     is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
     out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
-    return laid_out(view._move, out)(x)
+    return laid_out(view.opened, out)(x)
 
 
 def close_view(view: MatrixView | PackedView, y: Any, like: jax.Array) -> jax.Array:
     """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
-    return laid_out(view._move_back, explicit_sharding(like))(y)
+    return laid_out(view.closed, explicit_sharding(like))(y)
 
 
 def make_view(call: str, path: str, leaf: jax.Array, dims: object) -> MatrixView | PackedView:

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
+from orthax.base.each_matrix import chain
 from orthax.linalg import newton_schulz
 from orthax.linalg.coefficients import MUON
 from orthax.matrices.partition import DecidedLeaves, partition
@@ -73,7 +74,7 @@ def hybrid_auon(
     trace = momentum_step("hybrid_auon", momentum, nesterov, mu_dtype)
     iteration = orthogonalize(newton_schulz, coefficients=MUON[:1] * steps)
     # The brake of the published code: the iteration's result is not normalised again.
-    direction = optax.chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)
+    direction = chain(iteration, scale_by_cosh_rms(gamma, "code"), shape_scale)
     adam = adam_step(mu_dtype)
     decay = decay_step("hybrid_auon", weight_decay)
     rate = rate_step("hybrid_auon", learning_rate)

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
+from orthax.base.each_matrix import chain
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import (
     adam_step,
@@ -90,7 +91,7 @@ def muon(
     check.transformation("muon: orthogonalizer", orthogonalizer)
     check.transformation("muon: shape_scale", shape_scale)
     trace = momentum_step("muon", momentum, nesterov, mu_dtype)
-    direction = optax.chain(orthogonalizer, shape_scale)  # of matrices
+    direction = chain(orthogonalizer, shape_scale)  # of matrices
     adam = adam_step(mu_dtype)
     decay = decay_step("muon", weight_decay)
     rate = rate_step("muon", learning_rate)

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
+from orthax.base.each_matrix import chain
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import (
     adam_step,
@@ -62,7 +63,7 @@ def normuon(
     check.transformation("normuon: shape_scale", shape_scale)
     trace = momentum_step("normuon", momentum, nesterov, mu_dtype)
     # Algorithm 1: orthogonalised momentum, its neurons evened, and the size of a step.
-    direction = optax.chain(orthogonalizer, normalize_neurons(decay), shape_scale)
+    direction = chain(orthogonalizer, normalize_neurons(decay), shape_scale)
     adam = adam_step(mu_dtype)
     weights_decay = decay_step("normuon", weight_decay)
     rate = rate_step("normuon", learning_rate)

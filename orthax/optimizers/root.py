@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
+from orthax.base.each_matrix import chain
 from orthax.linalg import coefficients, newton_schulz
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import (
@@ -65,7 +66,7 @@ def root(
     check.transformation("root: shape_scale", shape_scale)
     trace = momentum_step("root", momentum, nesterov, mu_dtype)
     # What soft thresholding takes off the momentum is left to be orthogonalised.
-    direction = optax.chain(clip_by_quantile(quantile), orthogonalizer, shape_scale)
+    direction = chain(clip_by_quantile(quantile), orthogonalizer, shape_scale)
     adam = adam_step(mu_dtype)
     decay = decay_step("root", weight_decay)
     rate = rate_step("root", learning_rate)

@@ -53,7 +53,7 @@ def orthogonalize(
     check.flag("orthogonalize: stack", stack)
     _check_options(method, options)
     configured = functools.partial(method, **options) if options else method
-    return each_matrix("orthogonalize", configured, share=ALL if stack else NONE)
+    return each_matrix("orthogonalize", configured, share=ALL if stack else NONE, whole=True)
 
 
 def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) -> None:
