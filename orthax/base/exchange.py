@@ -1,11 +1,13 @@
 """Cut matrices travel to the devices that own them, and back: the collectives of `whole_matrices`.
 
-All functions run inside `jax.shard_map`, on what one device holds. A stack has its matrices along
-the first axis; a device has a piece of each, because mesh axes cut the other axes, or a copy.
-Owners are the devices along some mesh axes: each gets as many whole matrices as the others. Whole
-stacks travel, so there is one exchange for a stack, however its matrices are cut.
+All functions run inside `jax.shard_map`, on what one device holds. Of a stack of matrices, its
+first axis counting them, a device has a piece of each, where mesh axes cut the other axes, or a
+copy. Owners are the devices along some mesh axes: each gets as many whole matrices as the others.
+Stacks whose pieces are of one size travel together, however they are cut, so there are as many
+exchanges as sizes of matrices.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,74 +18,177 @@ Cuts = tuple[tuple[str, ...], ...]
 """For each axis of a matrix the mesh axes that cut it, the major one first."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How one stack travels.
+
+    Attributes:
+      cuts: How mesh axes cut the axes of its matrices.
+      owners: Mesh axes whose devices share the matrices; those that cut are among them.
+      small: Whether it is so small that, back where it is cut along some axes and copied along
+        others, one exchange of more bytes is better than two.
+    """
+
+    cuts: Cuts
+    owners: tuple[str, ...]
+    small: bool = False
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The owners' axes along which pieces travel."""
+        cutting = {a for cut in self.cuts for a in cut}
+        return tuple(a for a in self.owners if a in cutting)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The owners' axes along which every device holds the same."""
+        return tuple(a for a in self.owners if a not in self.moved)
+
+
 def bring(
-    pieces: jax.Array, cuts: Cuts, owners: Sequence[str], sizes: Mapping[str, int]
-) -> jax.Array:
-    """Whole matrices, those that this device owns, of a stack of which it has a piece of each.
+    stacks: Sequence[jax.Array], routes: Sequence[Route], sizes: Mapping[str, int]
+) -> list[jax.Array]:
+    """Whole matrices, those that this device owns, of stacks of which it has a piece of each.
 
     Args:
-      pieces: Shape (k, *piece): the same k matrices on all devices.
-      cuts: How mesh axes cut the other axes.
-      owners: Mesh axes whose devices share the matrices; those that cut are among them.
+      stacks: Each of shape (k, *piece): the same k matrices on all devices.
+      routes: How each travels.
       sizes: Of the mesh axes.
 
     Returns:
-      Shape (k / number of owners, *matrix); zeros fill up what does not divide.
+      Each of shape (k / number of owners, *matrix); zeros fill up what does not divide.
     """
-    counts = [sizes[a] for a in owners]
-    own = -(-pieces.shape[0] // math.prod(counts))
-    missing = own * math.prod(counts) - pieces.shape[0]
-    x = jnp.pad(pieces, [(0, missing)] + [(0, 0)] * (pieces.ndim - 1)) if missing else pieces
-    x = x.reshape(*counts, own, *x.shape[1:])
-    # Along axes of copies each device takes its own matrices: nothing travels.
-    moved = _moved(cuts, owners)
-    for position, axis in reversed(list(enumerate(owners))):
-        if axis not in moved:
-            here = jax.lax.axis_index(axis)
-            x = jax.lax.dynamic_index_in_dim(x, here, position, keepdims=False)
-    if moved:  # each device sends its pieces of other owners' matrices, and gets those of its own
-        x = x.reshape(-1, *x.shape[len(moved) :])
-        x = jax.lax.all_to_all(x, moved, 0, 0, tiled=True)
-    # Pieces by the devices they came from, (*moved, own, *piece), next to the axes that they cut.
-    x = x.reshape(*(sizes[a] for a in moved), own, *pieces.shape[1:])
-    order = [len(moved)]
-    for axis, cut in enumerate(cuts):
-        order += [*map(moved.index, cut), len(moved) + 1 + axis]
-    return x.transpose(order).reshape(own, *_whole(pieces.shape[1:], cuts, sizes))
+    chosen = [_by_owner(x, route, sizes) for x, route in zip(stacks, routes, strict=True)]
+    arrived = _exchanged(chosen, routes)
+    return [
+        _joined(x, pieces.shape[1:], route, sizes)
+        for x, pieces, route in zip(arrived, stacks, routes, strict=True)
+    ]
 
 
 def send(
-    matrices: jax.Array, cuts: Cuts, owners: Sequence[str], sizes: Mapping[str, int], count: int
+    matrices: Sequence[jax.Array],
+    counts: Sequence[int],
+    routes: Sequence[Route],
+    sizes: Mapping[str, int],
+) -> list[jax.Array]:
+    """Undoes `bring`: a piece of each of the `counts` matrices, of which this device owns some."""
+    # Small ones go whole to everyone, and each device cuts its piece itself.
+    everywhere = [Route(((),) * len(r.cuts), r.owners) if r.small else r for r in routes]
+    whole = _sent(matrices, counts, everywhere, sizes)
+    return [_piece(x, r, sizes) if r.small else x for x, r in zip(whole, routes, strict=True)]
+
+
+def _piece(x: jax.Array, route: Route, sizes: Mapping[str, int]) -> jax.Array:
+    """This device's piece of matrices (k, *matrix)."""
+    for axis, cut in enumerate(route.cuts, 1):
+        parts = math.prod(sizes[a] for a in cut)
+        if parts > 1:
+            size = x.shape[axis] // parts
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(cut) * size, size, axis)
+    return x
+
+
+def _sent(
+    matrices: Sequence[jax.Array],
+    counts: Sequence[int],
+    routes: Sequence[Route],
+    sizes: Mapping[str, int],
+) -> list[jax.Array]:
+    apart = [_split(x, route, sizes) for x, route in zip(matrices, routes, strict=True)]
+    arrived = _exchanged([x for x, _ in apart], routes)
+    gathered = _gathered(arrived, routes)
+    found = []
+    for x, (_, piece), count, route in zip(gathered, apart, counts, routes, strict=True):
+        # (*copies, *moved, own, entries) in the order of the owners.
+        here = (*route.copies, *route.moved)
+        x = x.reshape(*(sizes[a] for a in here), *x.shape[-2:])
+        x = x.transpose(*map(here.index, route.owners), len(here), len(here) + 1)
+        found.append(x.reshape(-1, *piece)[:count])
+    return found
+
+
+def _by_owner(x: jax.Array, route: Route, sizes: Mapping[str, int]) -> jax.Array:
+    """(k, *piece) to (devices along the moved axes, own, entries of a piece)."""
+    counts = [sizes[a] for a in route.owners]
+    own = -(-x.shape[0] // math.prod(counts))
+    missing = own * math.prod(counts) - x.shape[0]
+    x = x.reshape(x.shape[0], -1)
+    x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+    x = x.reshape(*counts, own, x.shape[-1])
+    # Along axes of copies each device takes its own matrices: nothing travels.
+    for position, axis in reversed(list(enumerate(route.owners))):
+        if axis in route.copies:
+            here = jax.lax.axis_index(axis)
+            x = jax.lax.dynamic_index_in_dim(x, here, position, keepdims=False)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _exchanged(xs: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
+    """Part i of each (devices, own, entries) to device i, for one from each in its place."""
+    found = list(xs)
+    for moved, together in _alike(xs, [route.moved for route in routes]):
+        stack = _side_by_side([xs[i] for i in together])
+        stack = jax.lax.all_to_all(stack, moved, 0, 0, tiled=True)
+        for i, x in zip(together, _apart(stack, [xs[i] for i in together]), strict=True):
+            found[i] = x
+    return found
+
+
+def _gathered(xs: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
+    """The same of all devices along axes of copies: (copies * devices, own, entries)."""
+    found = list(xs)
+    for copies, together in _alike(xs, [route.copies for route in routes]):
+        stack = _side_by_side([xs[i] for i in together])
+        stack = jax.lax.all_gather(stack, copies, tiled=True)
+        for i, x in zip(together, _apart(stack, [xs[i] for i in together]), strict=True):
+            found[i] = x
+    return found
+
+
+def _alike(
+    xs: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]
+) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Positions of arrays with one dtype and one size of pieces that go along the same axes."""
+    groups: dict[tuple[tuple[str, ...], int, jnp.dtype, int], list[int]] = {}
+    for i, (x, along) in enumerate(zip(xs, axes, strict=True)):
+        if along:
+            groups.setdefault((along, x.shape[0], x.dtype, x.shape[-1]), []).append(i)
+    return [(along, members) for (along, *_), members in groups.items()]
+
+
+def _side_by_side(xs: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(xs, axis=1) if len(xs) > 1 else xs[0]
+
+
+def _apart(stack: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    ends = [sum(x.shape[1] for x in like[: i + 1]) for i in range(len(like))]
+    return [stack[:, end - x.shape[1] : end] for x, end in zip(like, ends, strict=True)]
+
+
+def _joined(
+    x: jax.Array, piece: Sequence[int], route: Route, sizes: Mapping[str, int]
 ) -> jax.Array:
-    """Undoes `bring`: a piece of each of `count` matrices, of which this device owns some."""
-    moved = _moved(cuts, owners)
-    own, *whole = matrices.shape
-    split, place, inner = [own], {}, []
-    for size, cut in zip(whole, cuts, strict=True):
+    """Pieces by the devices they came from, (devices, own, entries), to (own, *matrix)."""
+    moved, own = route.moved, x.shape[1]
+    x = x.reshape(*(sizes[a] for a in moved), own, *piece)
+    order = [len(moved)]  # each device's number next to the axis that it cuts
+    for axis, cut in enumerate(route.cuts):
+        order += [*map(moved.index, cut), len(moved) + 1 + axis]
+    whole = [n * math.prod(sizes[a] for a in c) for n, c in zip(piece, route.cuts, strict=True)]
+    return x.transpose(order).reshape(own, *whole)
+
+
+def _split(
+    x: jax.Array, route: Route, sizes: Mapping[str, int]
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Undoes `_joined`; the shape of a piece as well."""
+    split, place, inner = [x.shape[0]], {}, []
+    for size, cut in zip(x.shape[1:], route.cuts, strict=True):
         place |= {a: len(split) + i for i, a in enumerate(cut)}
         parts = [sizes[a] for a in cut]
         split += [*parts, size // math.prod(parts)]
         inner.append(len(split) - 1)
-    x = matrices.reshape(split).transpose([*(place[a] for a in moved), 0, *inner])
-    piece = x.shape[len(moved) + 1 :]
-    if moved:
-        x = x.reshape(-1, own, *piece)
-        x = jax.lax.all_to_all(x, moved, 0, 0, tiled=True)
-    copies = tuple(a for a in owners if a not in moved)
-    if copies:
-        x = jax.lax.all_gather(x, copies)
-    # (*copies, *moved, own, *piece) in the order of the owners.
-    x = x.reshape(*(sizes[a] for a in (*copies, *moved)), own, *piece)
-    order = [(*copies, *moved).index(a) for a in owners]
-    x = x.transpose(*order, *range(len(order), x.ndim))
-    return x.reshape(-1, *piece)[:count]
-
-
-def _moved(cuts: Cuts, owners: Sequence[str]) -> tuple[str, ...]:
-    """The owners' axes that cut the matrices; along the others, devices hold copies."""
-    cutting = {a for cut in cuts for a in cut}
-    return tuple(a for a in owners if a in cutting)
-
-
-def _whole(piece: Sequence[int], cuts: Cuts, sizes: Mapping[str, int]) -> list[int]:
-    return [size * math.prod(sizes[a] for a in cut) for size, cut in zip(piece, cuts, strict=True)]
+    piece = tuple(split[a] for a in inner)
+    x = x.reshape(split).transpose([*(place[a] for a in route.moved), 0, *inner])
+    return x.reshape(-1, x.shape[len(route.moved)], math.prod(piece)), piece

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from orthax.base.exchange import Cuts, bring, send
+from orthax.base.exchange import Cuts, Route, bring, send
 from orthax.base.leaves import explicit_sharding, spec_of
 
 Entries = tuple[Any, ...]
@@ -55,6 +55,10 @@ class Reading(Protocol):
         """A `PartitionSpec` for each array that the leaf opens to."""
         ...
 
+    def opened_cuts(self, cuts: Cuts) -> Cuts | None:
+        """How rows and columns are cut, if each device can open its own piece of a leaf."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class AsItIs:
@@ -78,13 +82,25 @@ class AsItIs:
         """Its own."""
         return PartitionSpec(*entries)
 
+    def opened_cuts(self, cuts: Cuts) -> Cuts:
+        """Of its last two axes."""
+        return cuts[-2:]
+
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where one array lies: the mesh axes that cut each of its axes, the major one first."""
+class Place:
+    """Where one array lies, and how what a device has of it becomes a stack.
+
+    Attributes:
+      entries: The mesh axes that cut each of its axes, the major one first.
+      batch_axes: The axes that count matrices.
+      opens: The leaf's reading if each device opens its own piece: then leaves of several shapes
+        are stacks of one.
+    """
 
     entries: Cuts
     batch_axes: tuple[int, ...]
+    opens: Reading | None = None
 
     @property
     def spec(self) -> PartitionSpec:
@@ -93,8 +109,9 @@ class Layout:
 
     @property
     def cuts(self) -> Cuts:
-        """Of the axes of one matrix."""
-        return tuple(e for a, e in enumerate(self.entries) if a not in self.batch_axes)
+        """Of the axes of one matrix in the stack."""
+        opened = None if self.opens is None else self.opens.opened_cuts(self.entries)
+        return opened or tuple(e for a, e in enumerate(self.entries) if a not in self.batch_axes)
 
     @property
     def batch_cuts(self) -> tuple[str, ...]:
@@ -102,19 +119,22 @@ class Layout:
         return tuple(name for a in self.batch_axes for name in self.entries[a])
 
     def stacked(self, x: jax.Array) -> jax.Array:
-        """What one device has of the array, with one batch axis in front."""
+        """What one device has of the array: one batch axis in front."""
         front = range(len(self.batch_axes))
         x = jnp.moveaxis(x, self.batch_axes, front)
-        return x.reshape(-1, *x.shape[len(front) :])
+        x = x.reshape(-1, *x.shape[len(front) :])
+        return x if self.opens is None else self.opens.of_stack(x.shape[1:]).opened(x)
 
     def unstacked(self, y: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Undoes `stacked`, for an array of this shape on one device."""
-        batch = self.batch(shape)
-        return jnp.moveaxis(y.reshape(*batch, *y.shape[1:]), range(len(batch)), self.batch_axes)
+        batch, rest = self.apart(shape)
+        y = y if self.opens is None else self.opens.of_stack(rest).closed(y)
+        return jnp.moveaxis(y.reshape(*batch, *rest), range(len(batch)), self.batch_axes)
 
-    def batch(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of the batch axes."""
-        return tuple(shape[a] for a in self.batch_axes)
+    def apart(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of the batch axes, and of the others."""
+        batch = tuple(shape[a] for a in self.batch_axes)
+        return batch, tuple(n for a, n in enumerate(shape) if a not in self.batch_axes)
 
 
 def free_axes(mesh: Any) -> tuple[str, ...]:
@@ -174,27 +194,44 @@ def on_owners(
     sizes = {a: dict(mesh.shape)[a] for a in free_axes(mesh)}
     rows, places = [], []
     for i, (x, reading, cut) in enumerate(zip(leaves, readings, entries, strict=True)):
-        own = layout_of(cut, reading.batch_axes, sizes)
+        cuts = cuts_of(cut, sizes)
+        opens = None if reading.opened_cuts(cuts) is None else reading
+        own = Place(cuts, reading.batch_axes, opens)
         kept = [column[i] for column in columns]
         spec = reading.opened_spec(cut)
-        beside = [jax.tree.map(lambda x, s: _kept_layout(x, s, sizes), part, spec) for part in kept]
+        beside = [jax.tree.map(lambda x, s: _beside(x, s, sizes), part, spec) for part in kept]
         rows.append((x, kept, None if params is None else params[i]))
         places.append((own, beside, None if params is None else own))
     groups = _groups(rows, places, readings, sizes)
+    routes = [group.routes for group in groups]
 
-    def inside(numbers: tuple[Any, ...], rows: list[Any]) -> list[Any]:
+    def inside(numbers: Any, rows: list[Any]) -> list[Any]:
         """On one device, whose pieces of the leaves are the rows."""
-        owned = [group.bring(rows) for group in groups]
-        gradients, kept, weights = zip(*owned, strict=True)
-        held = [[part[c] for part in kept] for c in range(len(columns))]
-        weights = None if params is None else list(weights)
-        updates, held = run(numbers, list(gradients), held, weights)
-        after = zip(*held, strict=True) if columns else ((),) * len(groups)
-        results = list(rows)
-        for group, update, part in zip(groups, updates, after, strict=True):
-            for i, row in zip(group.members, group.send(update, list(part), rows), strict=True):
-                results[i] = row
-        return results
+        flat, structure = jax.tree.flatten([group.stacks(rows) for group in groups])
+        owned = structure.unflatten(bring(flat, jax.tree.leaves(routes), sizes))
+
+        gradients = [group.reading.opened(g) for group, (g, *_) in zip(groups, owned, strict=True)]
+        held = [[kept[c] for _, kept, _ in owned] for c in range(len(columns))]
+        weights = None
+        if params is not None:
+            weights = [
+                group.reading.opened(w) for group, (*_, w) in zip(groups, owned, strict=True)
+            ]
+        updates, held = run(numbers, gradients, held, weights)
+
+        results = [
+            (group.reading.closed(update), [column[i] for column in held])
+            for i, (group, update) in enumerate(zip(groups, updates, strict=True))
+        ]
+        flat, structure = jax.tree.flatten(results)
+        back = [jax.tree.leaves(route[:2]) for route in routes]
+        counts = [n for g, r in zip(groups, back, strict=True) for n in [g.count(rows)] * len(r)]
+        stacks = structure.unflatten(send(flat, counts, [r for of in back for r in of], sizes))
+        found = list(rows)
+        for group, stack in zip(groups, stacks, strict=True):
+            for i, row in zip(group.members, group.rows(stack, rows), strict=True):
+                found[i] = row
+        return found
 
     specs = jax.tree.map(lambda place: place.spec, places)
     everywhere = jax.shard_map(
@@ -215,55 +252,56 @@ class _Group:
 
     Attributes:
       members: Their positions.
-      places: For each the layouts of its gradient, of what the state holds, and of its params.
+      places: For each those of its gradient, of what the state holds, and of its params.
       reading: Of the stack.
       owners: Mesh axes whose devices share the matrices.
-      sizes: Of mesh axes.
     """
 
     members: list[int]
     places: list[Any]
     reading: Reading
     owners: tuple[str, ...]
-    sizes: Mapping[str, int]
 
-    def bring(self, rows: list[Any]) -> tuple[Any, list[Any], Any]:
-        """Of what a device has of each leaf: its own whole matrices, opened."""
-        stacks = [
+    @property
+    def routes(self) -> Any:
+        """How the stacks of gradient, state and params travel."""
+        gradient, kept, param = self.places[0]
+        routes = jax.tree.map(lambda place: Route(place.cuts, self.owners), (gradient, param))
+        # What the state holds beside a matrix is a number for each row or column.
+        small = jax.tree.map(lambda place: Route(place.cuts, self.owners, small=True), kept)
+        return routes[0], small, routes[1]
+
+    def stacks(self, rows: list[Any]) -> Any:
+        """What a device has of gradient, state and params of all members."""
+        stacked = [
             jax.tree.map(lambda x, place: place.stacked(x), rows[i], where)
             for i, where in zip(self.members, self.places, strict=True)
         ]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *stacked)
 
-        def whole(place: Layout, *pieces: jax.Array) -> jax.Array:
-            stack = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-            return bring(stack, place.cuts, self.owners, self.sizes)
+    def count(self, rows: list[Any]) -> int:
+        """The number of matrices of which a device has something."""
+        return sum(self._counts(rows))
 
-        gradient, kept, param = jax.tree.map(whole, self.places[0], *stacks)
-        param = None if param is None else self.reading.opened(param)
-        return self.reading.opened(gradient), kept, param
+    def rows(self, stacks: Any, rows: list[Any]) -> list[Any]:
+        """Undoes `stacks`, for gradient and state of each member."""
+        counts = self._counts(rows)
+        ends = itertools.accumulate(counts)
+        found = []
+        for i, where, count, end in zip(self.members, self.places, counts, ends, strict=True):
 
-    def send(self, update: Any, kept: list[Any], rows: list[Any]) -> list[Any]:
-        """Of a device's own matrices: its part of each leaf's update and state."""
+            def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
+                return place.unstacked(stack[start:end], x.shape)
+
+            found.append(jax.tree.map(part, rows[i][:2], where[:2], stacks))
+        return found
+
+    def _counts(self, rows: list[Any]) -> list[int]:
         shapes = [rows[i][0].shape for i in self.members]
-        counts = [
-            math.prod(place.batch(x)) for x, (place, *_) in zip(shapes, self.places, strict=True)
+        return [
+            math.prod(place.apart(shape)[0])
+            for shape, (place, *_) in zip(shapes, self.places, strict=True)
         ]
-        ends = list(itertools.accumulate(counts))
-
-        def pieces(place: Layout, matrices: jax.Array) -> jax.Array:
-            return send(matrices, place.cuts, self.owners, self.sizes, ends[-1])
-
-        whole = (self.reading.closed(update), kept)
-        stacks = jax.tree.map(pieces, self.places[0][:2], whole)
-
-        def part(i: int, start: int, end: int, where: Any) -> Any:
-            cut = jax.tree.map(lambda stack: stack[start:end], stacks)
-            return jax.tree.map(
-                lambda x, place, y: place.unstacked(y, x.shape), rows[i][:2], where[:2], cut
-            )
-
-        starts = [0, *ends[:-1]]
-        return list(map(part, self.members, starts, ends, self.places))
 
 
 def _groups(
@@ -272,31 +310,34 @@ def _groups(
     found: dict[Any, list[int]] = {}
     for i, (row, where) in enumerate(zip(rows, places, strict=True)):
         arrays, structure = jax.tree.flatten(row)
+        own: Place = where[0]
+        _, rest = own.apart(row[0].shape)
+        reading = readings[i].of_stack(rest)
+        if own.opens is not None:
+            matrix = jax.eval_shape(
+                reading.opened, jax.ShapeDtypeStruct((1, *rest), arrays[0].dtype)
+            )
+            rest, reading = matrix.shape[1:], AsItIs((0,))
         cuts = tuple(place.cuts for place in jax.tree.leaves(where))
         dtypes = tuple(x.dtype for x in arrays)
-        key = (structure, dtypes, cuts, _of_stack(row[0], readings[i]), where[0].batch_cuts)
+        key = (structure, dtypes, cuts, rest, reading, own.batch_cuts)
         found.setdefault(key, []).append(i)
     groups = []
     for (*_, reading, batch_cuts), members in found.items():
         owners = tuple(a for a in sizes if a not in batch_cuts)
-        groups.append(_Group(members, [places[i] for i in members], reading, owners, sizes))
+        groups.append(_Group(members, [places[i] for i in members], reading, owners))
     return groups
 
 
-def _of_stack(x: jax.Array, reading: Reading) -> Reading:
-    rest = tuple(n for a, n in enumerate(x.shape) if a not in reading.batch_axes)
-    return reading.of_stack(rest)
-
-
-def layout_of(entries: Entries, batch_axes: tuple[int, ...], sizes: Mapping[str, int]) -> Layout:
-    """The layout of an array with these entries in its spec; axes of no size here cut nothing."""
+def cuts_of(entries: Entries, sizes: Mapping[str, int]) -> Cuts:
+    """For each axis the mesh axes that cut it, of those with a size here."""
     names = (() if e is None else e if isinstance(e, tuple) else (e,) for e in entries)
-    return Layout(tuple(tuple(n for n in entry if n in sizes) for entry in names), batch_axes)
+    return tuple(tuple(name for name in entry if name in sizes) for entry in names)
 
 
-def _kept_layout(x: jax.Array, spec: PartitionSpec, sizes: Mapping[str, int]) -> Layout:
+def _beside(x: jax.Array, spec: PartitionSpec, sizes: Mapping[str, int]) -> Place:
     """Of an array that the state holds: its own, or that of the matrices where it is as long."""
     known = explicit_sharding(x)
     spec = spec_of(known, x.ndim) if known else tuple(spec)
     cut = tuple(None if size == 1 else e for size, e in zip(x.shape, spec, strict=True))
-    return layout_of(cut, tuple(range(x.ndim - 2)), sizes)
+    return Place(cuts_of(cut, sizes), tuple(range(x.ndim - 2)))

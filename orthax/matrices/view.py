@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from orthax.base.exchange import Cuts
 from orthax.base.leaves import explicit_sharding, spec_of
 from orthax.base.placing import laid_out
 
@@ -117,6 +118,13 @@ class MatrixView:
         merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
         return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
 
+    def opened_cuts(self, cuts: Cuts) -> Cuts | None:
+        """How rows and columns are cut, if only the major part of a merged axis is; else None."""
+        merged = (self.reduction_axes, self.output_axes)
+        if any(cuts[a] for axes in merged for a in axes[1:]):
+            return None
+        return tuple(cuts[axes[0]] for axes in merged)
+
     def __str__(self) -> str:
         return str(self.matrix_shape)
 
@@ -162,6 +170,10 @@ class PackedView:
         whole = list(entries)
         whole[self.axis] = None  # a section's size need not divide by the mesh axis
         return tuple(view.opened_spec(tuple(whole)) for view in self.sections)
+
+    def opened_cuts(self, cuts: Cuts) -> None:  # noqa: ARG002 as in other views
+        """Sections end where no mesh axis cuts."""
+        return None
 
     def __str__(self) -> str:
         return " + ".join(str(view) for view in self.sections)

@@ -167,8 +167,8 @@ def check_kept(call: str, frames: list[Frame], kept: list[Any]) -> None:
         if found != (0 if isinstance(frame.subspace, Whole) else frame.rank):
             raise ValueError(
                 f"{call}: '{frame.path}' with shape {frame.shape} has a state of rank "
-                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank. Pass "
-                "the rank it was made with (128 was the default of trion and dct_adamw before "
+                f"{found or 'full'}, but its rank is now {frame.rank}: a state keeps its rank. "
+                "Pass the rank it was made with (128 was the default of trion and dct_adamw before "
                 "version 0.2, a quarter of the shorter side is now)."
             )
 
