@@ -1,7 +1,9 @@
 """What the tests of every part use: random arrays and trees, published data, patterns, sizes."""
 
+import contextlib
 import pathlib
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -48,6 +50,24 @@ def says(*parts):
 def array_bytes(state):
     """Bytes of all leaves but the counters, which are scalars."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+
+
+def lowered_for(platform, function, *args):
+    """The program of a function on a platform, be it here or not."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@contextlib.contextmanager
+def values_as_on(platform):
+    """Here, what the library chooses for another platform."""
+
+    def named(*args, default, **others):
+        return others.get(platform, default)(*args)
+
+    jax.clear_caches()
+    with mock.patch.object(jax.lax, "platform_dependent", named):
+        yield
+    jax.clear_caches()
 
 
 def views(params, dimension_numbers=None):

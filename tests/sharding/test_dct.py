@@ -1,4 +1,4 @@
-"""Cosine transforms by product move nothing between devices; "auto" chooses the product there."""
+"""Cosine transforms on eight devices are those on one; by product they move nothing."""
 
 import re
 
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from orthax.linalg import dct, idct
 
 COLLECTIVE = re.compile("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
-LENGTH = 264  # one device would take the FFT
+LENGTH = 264  # on CPU "auto" takes the FFT
 LAYOUTS = {
     "rows": ((16, LENGTH), P("x", None)),
     "rows_over_all": ((16, LENGTH), P(("x", "y"), None)),
@@ -36,23 +36,24 @@ def mesh(request):
 
 @by_layout
 @by_function
-def test_auto_takes_products_over_other_axes_which_need_no_collectives(function, shape, spec, mesh):
+def test_auto_chooses_as_on_one_device(function, shape, spec, mesh):
+    x = normal(shape)
+    sharded = jax.device_put(x, NamedSharding(mesh, spec))
+    compiled = jax.jit(function)
+    assert "fft" in compiled.lower(sharded).as_text()
+    np.testing.assert_allclose(compiled(sharded), compiled(x), rtol=0, atol=1e-6 * np.abs(x).max())
+
+
+@by_layout
+@by_function
+def test_products_over_other_axes_need_no_collectives(function, shape, spec, mesh):
     x = jax.device_put(normal(shape), NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
-        program = jax.jit(lambda x: function(x, method="auto")).lower(x).compile()
+        program = jax.jit(lambda x: function(x, method="matrix")).lower(x).compile()
     actual, text = program(x), program.as_text()
     assert COLLECTIVE.findall(text) == []
-    assert "fft" not in text
     assert actual.sharding.is_equivalent_to(x.sharding, x.ndim)
     assert jax.typeof(actual).sharding == jax.typeof(x).sharding
     expected = ORACLES[function](oracles.float64(x), norm="ortho", axis=-1)
     limit = tolerances.rounding(np.float32, gain=np.abs(expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=limit)
-
-
-def test_an_fft_is_gathered():
-    """Why "auto" multiplies on a mesh; when this fails, an FFT could be chosen there too."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    x = jax.device_put(normal((16, LENGTH)), NamedSharding(mesh, P("x", None)))
-    text = jax.jit(lambda x: dct(x, method="fft")).lower(x).compile().as_text()
-    assert "all-gather" in COLLECTIVE.findall(text)

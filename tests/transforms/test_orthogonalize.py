@@ -195,4 +195,5 @@ def test_a_stack_holds_at_most_256_matrices():
     leaves = [np.ones((100, 2, 3), np.float32)] * 3 + [np.ones((2, 3), np.float32)] * 60
     updates = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     jax.eval_shape(lambda u: orthax.orthogonalize(method).update(u, optax.EmptyState()), updates)
-    assert len(calls) == 2  # of 256 and 104 matrices
+    # For platforms that map over a stack the method is traced for a single matrix as well.
+    assert [shape[0] for shape in calls if len(shape) == 3] == [200, 160]

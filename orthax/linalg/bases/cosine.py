@@ -1,5 +1,6 @@
 """The orthonormal cosine transforms of types II and III, as a matrix product and by FFT."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -8,14 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices, on_a_mesh
+from orthax.base.leaves import check_matrices
+from orthax.base.platform import by_platform
 from orthax.linalg.elementary import wide
 
 Method = Literal["auto", "matrix", "fft"]
 
 FFT_FROM = {"cpu": 256}
-"""Length from which the FFT is faster than the product, by backend (benchmarks/low_rank.py), about
-the same in all dtypes. Elsewhere, and on meshes, where an FFT is gathered, "auto" multiplies."""
+"""Length from which the FFT is faster than the product, by platform (benchmarks/low_rank.py), about
+the same in all dtypes. Elsewhere "auto" multiplies. On meshes it does the same, though there an FFT
+is gathered and a product is not: one function everywhere is worth more."""
 
 LONGEST = 2**15
 """For a matrix: integers up to 2 n**2 stay below 2**32."""
@@ -31,7 +34,8 @@ def dct(x: jax.Array, *, method: Method = "auto") -> jax.Array:
     Args:
       x: Shape (..., m, n), real or complex floating; the last axis is transformed.
       method: "matrix" multiplies by `dct_matrix(n)`, which shards without collectives over all axes
-        but the last; "fft" takes n log n operations a row; "auto" the faster, products on meshes.
+        but the last; "fft" takes n log n operations a row, and is gathered on meshes; "auto" the
+        faster on the platform that the program is compiled for, "fft" for more than 32768 columns.
 
     Returns:
       Same shape and dtype; 16-bit input is computed in float32.
@@ -120,8 +124,6 @@ def _transformed(call: str, x: jax.Array, method: Method) -> jax.Array:
     check.choice(f"{call}: method", method, ("auto", "matrix", "fft"))
     if x.size == 0:
         return x
-    if method == "auto":
-        method = "fft" if _fft_is_faster(x) else "matrix"
     if method == "matrix":
         check_length(call, x.shape[-1])
     return cosine_transform(wide(x), method, inverse=call == "idct").astype(x.dtype)
@@ -129,22 +131,33 @@ def _transformed(call: str, x: jax.Array, method: Method) -> jax.Array:
 
 def cosine_transform(x: jax.Array, method: Method = "auto", *, inverse: bool = False) -> jax.Array:
     """`dct`, or `idct`, of checked arguments in at least float32."""
+    if method == "fft" or x.shape[-1] > LONGEST:  # there is no such matrix
+        return _by_fft(x, inverse)
+    if method == "matrix" or x.shape[-1] < min(FFT_FROM.values()):
+        return _by_matrix(x, inverse)
+    return _by_the_faster(x, inverse)
+
+
+# Traced once per shape, and without a jit around it the device where x lies decides.
+@functools.partial(jax.jit, static_argnames="inverse")
+def _by_the_faster(x: jax.Array, inverse: bool) -> jax.Array:
+    by_fft = functools.partial(_by_fft, inverse=inverse)
+    platforms = [name for name, least in FFT_FROM.items() if x.shape[-1] >= least]
+    default = functools.partial(_by_matrix, inverse=inverse)
+    return by_platform(dict.fromkeys(platforms, by_fft), default)(x)
+
+
+def _by_matrix(x: jax.Array, inverse: bool) -> jax.Array:
     n = x.shape[-1]
-    if method == "auto":
-        method = "fft" if _fft_is_faster(x) else "matrix"
-    if method == "fft":
-        by_fft = _idct_by_fft if inverse else _dct_by_fft
-        if jnp.iscomplexobj(x):
-            return jax.lax.complex(by_fft(x.real), by_fft(x.imag))
-        return by_fft(x)
     matrix = dct_columns(n, jnp.arange(n), x.real.dtype, transposed=inverse)
     return jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
 
 
-def _fft_is_faster(x: jax.Array) -> bool:
-    # On a mesh an FFT is gathered, a product is not: it has no entry in FFT_FROM.
-    backend = "a mesh" if on_a_mesh(x) else jax.default_backend()
-    return x.shape[-1] >= FFT_FROM.get(backend, LONGEST + 1)
+def _by_fft(x: jax.Array, inverse: bool) -> jax.Array:
+    by_fft = _idct_by_fft if inverse else _dct_by_fft
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(by_fft(x.real), by_fft(x.imag))
+    return by_fft(x)
 
 
 def _dct_by_fft(x: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from orthax.base import check
-from orthax.base.leaves import check_matrices, on_auto_axes, value_of
+from orthax.base.leaves import check_matrices, value_of
+from orthax.base.platform import by_platform
 from orthax.linalg.elementary import normalize, unit_max
 from orthax.linalg.polar_factor.gram import gram_newton_schulz
 from orthax.linalg.polar_factor.newton_schulz import newton_schulz
@@ -21,15 +22,14 @@ class Rule(NamedTuple):
 
     Attributes:
       accuracy: "fast" or "exact".
-      backend: Of JAX, or "any": also for arrays on Auto axes of a mesh, on any backend, where
-        products shard and factorisations are gathered.
+      platform: The one that a program is compiled for, or "any".
       bits: Of a real number of the input, at least.
       aspect: Longer over shorter side, at least.
       method: Function of matrices.
     """
 
     accuracy: str
-    backend: str
+    platform: str
     bits: int
     aspect: float
     method: Callable[[jax.Array], jax.Array]
@@ -63,11 +63,12 @@ them is benchmarks/accelerator.py.
 
 
 def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Array:
-    """Approximates the orthogonal polar factor by the fastest method for shape, dtype and backend.
+    """Approximates the orthogonal polar factor by the fastest method for shape, dtype and platform.
 
-    On CPU that is `zolotarev`; elsewhere, and on Auto mesh axes, `newton_schulz` or, for long
-    matrices, `gram_newton_schulz`, matrix products alone. Vectors (a side of 1) are divided by
-    their norm. To name the method: `orthax.orthogonalize(newton_schulz)`.
+    On CPU that is `zolotarev`; elsewhere `newton_schulz` or, for long matrices,
+    `gram_newton_schulz`, matrix products alone. The platform is the one that a program is compiled
+    for, wherever it is traced; meshes change nothing. Vectors (a side of 1) are divided by their
+    norm. To name the method: `orthax.orthogonalize(newton_schulz)`.
 
     Args:
       x: Matrices, shape (..., m, n), real or complex floating. Any scale.
@@ -93,19 +94,30 @@ def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Arra
     x = check_matrices("polar", x)
     if accuracy not in ACCURACIES:
         check.choice("polar: accuracy", accuracy, ACCURACIES)
-    short, long = sorted(x.shape[-2:])
-    if short <= 1:  # a vector has one singular value, its length
+    if min(x.shape[-2:]) <= 1:  # a vector has one singular value, its length
         return normalize(x).astype(x.dtype)
-    # On Auto axes the compiler would gather what a factorisation reads; products shard.
-    backend = "any" if on_auto_axes(x) else jax.default_backend()
+    return _by_rules(x, accuracy)
+
+
+# Traced once per shape, and without a jit around it the device where x lies decides.
+@functools.partial(jax.jit, static_argnames="accuracy")
+def _by_rules(x: jax.Array, accuracy: str) -> jax.Array:
+    named = {rule.platform for rule in RULES} - {"any"}
+    methods = {platform: _method(x, accuracy, platform) for platform in sorted(named)}
+    return by_platform(methods, _method(x, accuracy, "any"))(x)
+
+
+def _method(x: jax.Array, accuracy: str, platform: str) -> Callable[[jax.Array], jax.Array]:
+    """That of the first rule that fits."""
+    short, long = sorted(x.shape[-2:])
     return next(
         rule.method
         for rule in RULES
         if rule.accuracy == accuracy
-        and rule.backend in (backend, "any")
+        and rule.platform in (platform, "any")
         and rule.bits <= jnp.finfo(x.dtype).bits
         and rule.aspect <= long / short
-    )(x)
+    )
 
 
 def polar_svd(x: jax.Array, *, rtol: float | None = None) -> jax.Array:

@@ -18,7 +18,7 @@ from orthax.linalg.elementary import gram, normalize, symmetric_product, wide
 from orthax.linalg.polar_factor.newton_schulz import (
     Coefficients,
     check_iteration,
-    compute_dtype,
+    in_compute_dtype,
     table_of,
 )
 from orthax.linalg.polar_factor.tables import Table
@@ -75,19 +75,33 @@ def gram_newton_schulz(
     x = check_matrices("gram_newton_schulz", x)
     eps = check_iteration("gram_newton_schulz", dtype, eps)
     table = table_of("gram_newton_schulz", x, coefficients)
-    used = jnp.dtype(compute_dtype(x.dtype, dtype))
-    if restarts is None:
-        restarts = best_restarts(table, float(jnp.finfo(used).eps))
-    _check_restarts(restarts, len(table))
+    if restarts is not None:
+        restarts = _checked_restarts(restarts, len(table))
     if x.size == 0:
         return x
+    return in_compute_dtype(_iterated, x, dtype, (table, restarts, precision, eps))
+
+
+def _iterated(
+    x: jax.Array,
+    dtype: np.dtype,
+    table: Table,
+    restarts: tuple[int, ...] | None,
+    precision: lax.PrecisionLike,
+    eps: float,
+) -> jax.Array:
+    """`gram_newton_schulz` of checked arguments, in a dtype."""
+    if restarts is None:
+        restarts = best_restarts(table, float(jnp.finfo(dtype).eps))
     tall = x.shape[-2] > x.shape[-1]
-    y = normalize(x.mT if tall else x, eps).astype(used)
+    y = normalize(x.mT if tall else x, eps).astype(dtype)
     # Rounding leaves R with slightly negative eigenvalues, which P R P multiplies by more than a^2
     # each step, until p(r) at them is far from the a that small singular values should be given. A
     # Gram matrix formed anew is off by one rounding only: so each segment starts with one.
     for first, end in itertools.pairwise((0, *restarts, len(table))):
-        y = jnp.matmul(_factor(y, table[first:end], precision).astype(used), y, precision=precision)
+        y = jnp.matmul(
+            _factor(y, table[first:end], precision).astype(dtype), y, precision=precision
+        )
     return (y.mT if tall else y).astype(x.dtype)
 
 
@@ -142,7 +156,7 @@ def rounding_error(table: Table, restarts: Sequence[int], eps: float) -> float:
     return worst
 
 
-def _check_restarts(restarts: Any, steps: int) -> None:
+def _checked_restarts(restarts: Any, steps: int) -> tuple[int, ...]:
     where, accepted = "gram_newton_schulz: restarts", f"increasing steps from 1 to {steps - 1}"
     places = np.asarray(restarts if len(np.shape(restarts)) else None)
     places = places.astype(int) if places.size == 0 else places
@@ -150,3 +164,4 @@ def _check_restarts(restarts: Any, steps: int) -> None:
         raise TypeError(f"{where} must be {accepted}, got {restarts!r}.")
     if places.ndim != 1 or not (np.diff(places, prepend=0, append=steps) > 0).all():
         raise ValueError(f"{where} must be {accepted}, got {restarts!r}.")
+    return tuple(map(int, places))

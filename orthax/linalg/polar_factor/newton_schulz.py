@@ -1,7 +1,8 @@
 """Newton-Schulz iterations: the polar factor of a matrix by matrix products alone."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 
 from orthax.base import check
 from orthax.base.leaves import check_matrices
+from orthax.base.platform import by_platform
 from orthax.linalg.coefficients import POLAR_EXPRESS
 from orthax.linalg.elementary import (
     frobenius_norm,
@@ -56,8 +58,9 @@ def newton_schulz(
         - "aol": each row of the shorter side times :math:`(\sum_j |A_{ij}|)^{-1/2}`. The smallest
           singular values start 5 to 50 times larger, but the result is the polar factor of the
           matrix with other row lengths: 0.006 away for Gaussian rows, 0.2 for very different ones.
-      dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input on CPU, where
-        16-bit products are no faster. bfloat16 halves the cost on accelerators, with 1e-2 errors.
+      dtype: Dtype of the iteration. None: that of `x`, but float32 for 16-bit input where a program
+        is compiled for CPU, whose 16-bit products are no faster. bfloat16 halves the cost on
+        accelerators, with 1e-2 errors.
       precision: Passed to `jnp.matmul`, such as "highest" on TPU.
       eps: A matrix whose largest absolute entry is at most this counts as zero.
 
@@ -82,10 +85,22 @@ def newton_schulz(
     table = table_of("newton_schulz", x, coefficients)
     if x.size == 0:
         return x
+    return in_compute_dtype(_iterated, x, dtype, (table, prescale, precision, eps))
+
+
+def _iterated(
+    x: jax.Array,
+    dtype: DTypeLike,
+    table: Table,
+    prescale: str,
+    precision: lax.PrecisionLike,
+    eps: float,
+) -> jax.Array:
+    """`newton_schulz` of checked arguments, in a dtype."""
     # On the shorter side the Gram matrix is smallest. The norm is taken before rounding to `dtype`:
     # in bfloat16 its error would push singular values beyond 1, where a table may diverge.
     tall = x.shape[-2] > x.shape[-1]
-    y = normalize(x.mT if tall else x, eps).astype(compute_dtype(x.dtype, dtype))
+    y = normalize(x.mT if tall else x, eps).astype(dtype)
     first: jax.Array | None = None  # the Gram matrix of the first step, if a prescale has formed it
     if prescale != "frobenius":
         y, first = _rescaled(y, gram(y, precision), prescale)
@@ -111,14 +126,33 @@ def check_iteration(call: str, dtype: DTypeLike | None, eps: float) -> float:
     return check.number(f"{call}: eps", eps, "[0, inf)", static=True)
 
 
-def compute_dtype(x_dtype: DTypeLike, requested: DTypeLike | None) -> DTypeLike:
-    """Dtype of the iteration, as the argument `dtype` says."""
-    if requested is None:
-        return wide_dtype(x_dtype) if jax.default_backend() == "cpu" else x_dtype
-    if jnp.issubdtype(x_dtype, jnp.complexfloating):  # a real dtype means that of the parts
-        real = wide_dtype(jnp.finfo(requested).dtype)
-        return np.result_type(real, np.complex64)
-    return requested
+def in_compute_dtype(
+    iterated: Callable[..., jax.Array],
+    x: jax.Array,
+    requested: DTypeLike | None,
+    settings: tuple[Any, ...],
+) -> jax.Array:
+    """`iterated(x, dtype, *settings)` in the dtype that the argument `dtype` says.
+
+    `iterated` is a function of a module, and the settings are hashable.
+    """
+    if requested is None and jnp.finfo(x.dtype).bits < 32:
+        return _by_platform(iterated, x, settings)
+    used = x.dtype if requested is None else requested
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):  # a real dtype means that of the parts
+        used = np.result_type(wide_dtype(jnp.finfo(used).dtype), np.complex64)
+    return iterated(x, jnp.dtype(used), *settings)
+
+
+# Traced once per shape, and without a jit around it the device where x lies decides.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _by_platform(
+    iterated: Callable[..., jax.Array], x: jax.Array, settings: tuple[Any, ...]
+) -> jax.Array:
+    def in_dtype(dtype: DTypeLike) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: iterated(x, jnp.dtype(dtype), *settings)
+
+    return by_platform({"cpu": in_dtype(wide_dtype(x.dtype))}, in_dtype(x.dtype))(x)
 
 
 def _rescaled(y: jax.Array, r: jax.Array, prescale: str) -> tuple[jax.Array, jax.Array]:
