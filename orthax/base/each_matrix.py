@@ -14,8 +14,10 @@ import jax
 import optax
 
 from orthax.base.leaves import check_matrix_leaves, check_params
+from orthax.base.reading import AsItIs, Reading
 from orthax.base.stacks import ALL, NONE, SMALL, columns_of, map_matrices
-from orthax.base.whole_matrices import AsItIs, Reading, entries_of, on_owners, one_mesh
+from orthax.base.whole_matrices import entries_of, on_owners, one_mesh
+from orthax.base.whole_on_auto import on_owners_by_constraints
 
 __all__ = ["ALL", "NONE", "SMALL", "EachMatrix", "chain", "each_matrix"]
 
@@ -183,8 +185,6 @@ def run_whole(
     if mesh is None:
         return None
     entries = entries_of(leaves, shardings)
-    if entries is None:
-        return None
     widths = [len(step.state_type._fields) if step.state_type else 0 for step in made.steps]
     traced = [isinstance(n, jax.Array) for step in made.steps for n in step.numbers]
 
@@ -214,6 +214,10 @@ def run_whole(
     numbers = [n for step in made.steps for n in step.numbers if isinstance(n, jax.Array)]
     columns = [structure.flatten_up_to(column) for column in columns_in(states)]
     weights = structure.flatten_up_to(params) if made.needs_params else None
-    results, columns = on_owners(inside, numbers, mesh, leaves, readings, entries, columns, weights)
+    if entries is None:
+        found = on_owners_by_constraints(inside, numbers, mesh, leaves, readings, columns, weights)
+    else:
+        found = on_owners(inside, numbers, mesh, leaves, readings, entries, columns, weights)
+    results, columns = found
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
     return structure.unflatten(results), after if made.is_chain else after[0]

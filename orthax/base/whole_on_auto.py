@@ -1,0 +1,118 @@
+"""`whole_matrices` where only the compiler knows how leaves are cut: Auto axes of a mesh.
+
+Constraints say where stacks shall be, and the compiler finds the exchanges. The first axis of a
+stack is kept whole and its others left open, so that they lie as the leaves do; then one mesh axis
+after the other moves to the first axis, each by one all-to-all (asked for all at once, the compiler
+gathers), the transformation runs on each device's own matrices, and all goes back in reverse.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import NamedSharding, PartitionSpec
+
+from orthax.base.reading import Place, Reading
+from orthax.base.whole_matrices import free_axes
+
+OPEN = PartitionSpec.UNCONSTRAINED
+
+
+def on_owners_by_constraints(
+    run: Callable[..., Any],
+    numbers: Any,
+    mesh: Any,
+    leaves: Sequence[jax.Array],
+    readings: Sequence[Reading],
+    columns: Sequence[Sequence[Any]],
+    params: Sequence[jax.Array] | None,
+) -> tuple[list[jax.Array], list[list[Any]]]:
+    """As `on_owners`, which knows the `entries` of the leaves' specs in addition."""
+    # The minor one of two that cut one axis moves first: then what stays is still in blocks.
+    axes = free_axes(mesh)[::-1]
+    rows = [
+        (x, [column[i] for column in columns], None if params is None else params[i])
+        for i, x in enumerate(leaves)
+    ]
+    places = [
+        jax.tree.map(lambda x: Place(((),) * x.ndim, tuple(range(x.ndim - 2))), row) for row in rows
+    ]
+    for i, reading in enumerate(readings):
+        own = Place(((),) * leaves[i].ndim, reading.batch_axes)
+        places[i] = (own, places[i][1], None if params is None else own)
+
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        _, rest = places[i][0].apart(leaves[i].shape)
+        arrays, structure = jax.tree.flatten(row)
+        key = (structure, tuple(x.dtype for x in arrays), rest, readings[i].of_stack(rest))
+        groups.setdefault(key, []).append(i)
+    readers = [reading for *_, reading in groups]
+
+    def stacked(members: list[int]) -> Any:
+        parts = [jax.tree.map(lambda x, p: p.stacked(x), rows[i], places[i]) for i in members]
+        return jax.tree.map(lambda *xs: _to_owners(xs, mesh, axes), *parts)
+
+    def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
+        """On one device, with matrices of its own."""
+        gradients = [r.opened(g) for r, (g, *_) in zip(readers, stacks, strict=True)]
+        held = [[kept[c] for _, kept, _ in stacks] for c in range(len(columns))]
+        weights = None
+        if params is not None:
+            weights = [r.opened(w) for r, (*_, w) in zip(readers, stacks, strict=True)]
+        updates, held = run(numbers, gradients, held, weights)
+        return [
+            (reader.closed(update), [column[i] for column in held])
+            for i, (reader, update) in enumerate(zip(readers, updates, strict=True))
+        ]
+
+    stacks = [stacked(members) for members in groups.values()]
+    spec = PartitionSpec(axes)
+    found = jax.shard_map(
+        inside,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spec),
+        out_specs=spec,
+        axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
+        check_vma=False,
+    )(numbers, stacks)
+
+    results: list[Any] = list(rows)
+    for members, stack in zip(groups.values(), found, strict=True):
+        stack = jax.tree.map(lambda x: _from_owners(x, mesh, axes), stack)
+        counts = [math.prod(places[i][0].apart(leaves[i].shape)[0]) for i in members]
+        for i, count, end in zip(members, counts, itertools.accumulate(counts), strict=True):
+
+            def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
+                result = place.unstacked(stack[start:end], x.shape)
+                return shard_alike(result, x)[0]
+
+            results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
+    return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
+
+
+def _laid(x: jax.Array, mesh: Any, first: Any, others: Any) -> jax.Array:
+    spec = PartitionSpec(first, *(others for _ in x.shape[1:]))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _to_owners(parts: Sequence[jax.Array], mesh: Any, axes: tuple[str, ...]) -> jax.Array:
+    """The stack of some parts, whose first axis is divided among all devices."""
+    stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    missing = -stack.shape[0] % math.prod(dict(mesh.shape)[a] for a in axes)
+    stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
+    stack = _laid(stack, mesh, None, OPEN)
+    for end in range(1, len(axes)):
+        stack = _laid(stack, mesh, axes[:end], OPEN)
+    return _laid(stack, mesh, axes, None)
+
+
+def _from_owners(stack: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
+    stack = _laid(stack, mesh, axes, None)
+    for end in reversed(range(1, len(axes))):
+        stack = _laid(stack, mesh, axes[:end], OPEN)
+    return _laid(stack, mesh, None, OPEN)
