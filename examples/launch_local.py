@@ -51,8 +51,8 @@ def forward(index: int, child: "subprocess.Popen[str]") -> None:
     """Print the lines of a process as they come, with its number."""
     assert child.stdout is not None
     for line in child.stdout:
-        if line.startswith("[Gloo] Rank"):
-            continue  # of every connection, and there are many
+        if "connected peer ranks is" in line:
+            continue  # Gloo, of each of its many connections
         # One call for each line, so that those of several processes do not mix.
         sys.stdout.write(f"[{index}] {line.rstrip()}\n")
         sys.stdout.flush()
