@@ -1,7 +1,7 @@
 """Does a job of several processes train as one process does, end when one dies, and go on?
 
-    python benchmarks/processes.py          # about three minutes on two cores
-    python benchmarks/processes.py --smoke  # two runs, under a minute, writes nothing
+    python benchmarks/processes.py          # eight minutes on two busy cores
+    python benchmarks/processes.py --smoke  # two runs, a minute, writes nothing
 
 Trains the tiny GPT of `examples/gpt.py --smoke` with Muon on virtual devices of this machine, in
 processes that `examples/launch_local.py` starts. First in one, two and four processes; then one of
@@ -28,11 +28,11 @@ import numpy as np
 import record
 import tyro
 
-EXAMPLES = record.ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(record.ROOT / "examples"))
 import gpt
 import gpt_mesh
 
+LAUNCHER = record.ROOT / "examples" / "launch_local.py"
 DEATH = 8  # the update in which a process dies
 LOSSES = ("train_loss", "select_loss", "report_loss")
 
@@ -88,11 +88,11 @@ def take_part(part: Part) -> None:
     """Train as one process of a job."""
     read = gpt_mesh.Batches.__getitem__
 
-    def read_or_die(batches: gpt_mesh.Batches, step: int) -> jax.Array:
+    def read_or_die(self: gpt_mesh.Batches, step: int) -> jax.Array:
         if step == DEATH - 1 and jax.process_index() == part.victim:
             (part.folder / "died").write_text(str(time.time()))
             os.kill(os.getpid(), getattr(signal, part.number))
-        return read(batches, step)
+        return read(self, step)
 
     gpt_mesh.Batches.__getitem__ = read_or_die
     gpt.main(
@@ -118,7 +118,7 @@ def run(job: Job, root: Path) -> dict[str, Any]:
     who = [str(job.processes), "--devices", str(job.devices)]
     started = time.time()
     ended = subprocess.run(
-        [sys.executable, EXAMPLES / "launch_local.py", *who, "--", __file__, "part", *part],
+        [sys.executable, LAUNCHER, *who, "--", __file__, "part", *part],
         capture_output=True,
         text=True,
         check=False,

@@ -60,7 +60,8 @@ def join_processes() -> None:
             msg = f"JAX_NUM_PROCESSES={count} is set, but {missing.args[0]} is not."
             raise ValueError(msg) from None
     # Otherwise JAX takes SIGTERM for a notice to save and go on: a process told to end would not.
-    jax.config.update("jax_enable_preemption_service", False)
+    with contextlib.suppress(AttributeError):  # before JAX 0.9 there was no choice
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given,

@@ -54,6 +54,7 @@ import gpt, gpt_mesh
 folder = Path(sys.argv[1])
 config = gpt.Config(**gpt.SMOKE | {"layers": 1}, progress=False, mesh="fsdp=2,tp=2")
 gpt.train(dataclasses.replace(config, log=folder / "whole.csv"))
+gpt.train(dataclasses.replace(config, log=folder / "one_device.csv", mesh=None))
 gpt.train(dataclasses.replace(config, checkpoint_dir=folder / "checkpoints"))
 
 short = dataclasses.replace(config, optimizer="muon_polynomial", steps=4)
@@ -139,7 +140,18 @@ def alone(folder, killed):
     return read_log(folder / "whole.csv"), json.loads((folder / "found.json").read_text())
 
 
-# ------------------------------------------------------------------------------------- training
+# ------------------------------------------------------- training, a death, and training again
+
+
+def test_a_killed_process_ends_the_job_with_one_clear_line(killed):
+    run, _, seconds = killed
+    assert run.code == 1
+    assert seconds < gpt_mesh.HEARTBEAT_SECONDS + gpt_mesh.SHUTDOWN_SECONDS
+    said = [line for line in run.lines if line.startswith("launch_local")]
+    assert said == ["launch_local: process 1 was killed by SIGKILL: the job ends."]
+    survivor = [line for line in run.lines if "another process has probably died" in line]
+    assert [line.partition(" ends")[0] for line in survivor] == ["[0] Process 0 of 2"]
+    assert "Traceback" not in "".join(run.lines)
 
 
 def test_two_processes_have_the_losses_of_one(killed, alone):
@@ -153,7 +165,13 @@ def test_a_job_goes_on_from_its_checkpoint_in_one_process(folder, alone):
     assert_same_losses(log, alone[0], log)
 
 
-def test_a_mesh_has_the_losses_of_one_device(alone):
+@pytest.mark.xfail(reason="`polar` takes another method on a mesh than on one CPU device")
+def test_a_mesh_has_the_losses_of_one_device(folder, alone):
+    log = read_log(folder / "one_device.csv")
+    assert_same_losses(alone[0], log, log)
+
+
+def test_with_one_method_everywhere_a_mesh_has_the_losses_of_one_device(alone):
     on_mesh, on_one = alone[1]["losses"]
     assert len(on_mesh) == 6
     np.testing.assert_allclose(on_mesh, on_one, rtol=1e-6)
@@ -167,18 +185,7 @@ def test_blocks_gather_parameters_and_sum_gradients_and_send_no_more(alone):
     assert found["tp=4"] == {"all-reduce": 4}  # after attention and MLP, there and back
 
 
-# ------------------------------------------------------------------------------------- failures
-
-
-def test_a_killed_process_ends_the_job_with_one_clear_line(killed):
-    run, _, seconds = killed
-    assert run.code == 1
-    assert seconds < gpt_mesh.HEARTBEAT_SECONDS + gpt_mesh.SHUTDOWN_SECONDS
-    said = [line for line in run.lines if line.startswith("launch_local")]
-    assert said == ["launch_local: process 1 was killed by SIGKILL: the job ends."]
-    survivor = [line for line in run.lines if "another process has probably died" in line]
-    assert [line.partition(" ends")[0] for line in survivor] == ["[0] Process 0 of 2"]
-    assert "Traceback" not in "".join(run.lines)
+# ------------------------------------------------------------------------------------- launcher
 
 
 WAITS = "import os, time; print('here is', os.getpid(), flush=True); time.sleep(60)"
