@@ -795,6 +795,7 @@ def train(config: Config) -> Result:
             desc=f"{config.optimizer} {config.learning_rate:g}",
             unit="step",
             disable=not (config.progress and writes),
+            mininterval=0.1 if jax.process_count() == 1 else 10,  # there each is a line of a log
         )
         log = open_log(config.log if writes else None, rows)
         with bar, log, TensorBoard(config.tensorboard if writes else None, first) as board:
