@@ -27,8 +27,8 @@ lint: $(VENV)/.test  ## Style and types
 IN_PARALLEL = xargs -P $(JOBS) -I{} sh -c '$(BIN)/python {} || { echo "failed: {}"; exit 255; }'
 
 examples: $(VENV)/.examples  ## Every example and benchmark with tiny settings
-	printf '%s --smoke\n' $(EXAMPLES:%=examples/%) 'examples/gpt_compare.py --full' $(BENCHMARKS) \
-		| $(IN_PARALLEL)
+	printf '%s --smoke\n' $(EXAMPLES:%=examples/%) 'examples/gpt_compare.py --full' \
+		'examples/launch_local.py 2 -- examples/gpt.py --mesh fsdp=2' $(BENCHMARKS) | $(IN_PARALLEL)
 
 smoke: $(VENV)/.examples  ## Those of them that no test runs
 	printf '%s --smoke\n' examples/gpt.py $(BENCHMARKS) | $(IN_PARALLEL)

@@ -1,12 +1,15 @@
 """Train a byte-level GPT on the source of Python's own standard library, with any optimizer.
 
 Nothing is downloaded: the corpus is the folder of the running interpreter. Read top to bottom:
-settings, corpus, model, optimizers, one training step, log and checkpoints, the loop.
+settings, corpus, model, optimizers, one training step, log and checkpoints, the loop. What is only
+for several devices or processes is in gpt_mesh.py.
 
     python examples/gpt.py                                   # Muon, about a minute on two cores
     python examples/gpt.py --optimizer adamw --plot loss.png
     python examples/gpt.py --data ~/some/texts --width 256 --layers 6 --steps 3000
     python examples/gpt.py --checkpoint-dir run1             # stop it, start it again: it goes on
+    python examples/gpt.py --tensorboard events              # then: tensorboard --logdir events
+    python examples/gpt.py --mesh fsdp=4,tp=2                # on eight devices, docs/scale.md
     python examples/gpt.py --smoke                           # everything once, in seconds
 """
 
@@ -14,6 +17,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import os
@@ -24,16 +28,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
+import gpt_mesh
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import orthax
+from orthax import diagnostics
 from orthax.linalg import coefficients, newton_schulz, zolotarev
 
 if TYPE_CHECKING:
@@ -102,10 +109,18 @@ class Config:
     """CSV file of losses. None: log.csv beside the checkpoints, or none without them."""
     plot: Path | None = None
     """Picture of loss against steps."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard: losses of every step; where evaluated, what an optimizer with
+    `optax.snapshot` or `optax.monitor` in it measures. Needs tensorboardX."""
     checkpoint_dir: Path | None = None
     """Folder to save the run in, and to resume it from if it holds a checkpoint."""
     checkpoint_every: int = 100
     """Updates between checkpoints. The end is saved too."""
+
+    # Devices
+    mesh: str | None = None
+    """Axes over all devices of all processes, such as fsdp=4,tp=2: dp cuts the batch, fsdp the
+    batch and the parameters, tp heads and hidden features. None: one device."""
 
     # Manner
     progress: bool = True
@@ -149,7 +164,10 @@ SMOKE = {
 }
 
 # Settings that may differ when a run is resumed: they change what is written, not what is computed.
-FREE_ON_RESUME = {"data", "log", "plot", "checkpoint_dir", "checkpoint_every", "progress", "smoke"}
+FREE_ON_RESUME = {
+    *("data", "log", "plot", "tensorboard", "checkpoint_dir", "checkpoint_every"),
+    *("mesh", "progress", "smoke"),
+}
 
 
 def settings_that_matter(config: Config) -> dict[str, Any]:
@@ -242,16 +260,20 @@ class Windows:
         return self._text[start : start + self._context + 1]
 
 
-def make_batches(corpus: Corpus, config: Config) -> "grain.MapDataset":
-    """Training batches, uint8 (batch, context + 1): `batches[t]` depends on seed and t only."""
+def shuffled_windows(corpus: Corpus, config: Config) -> "grain.MapDataset":
+    """All windows of the training split in random order, again and again in another one."""
     windows = Windows(corpus.train, config.context)
     if len(windows) < config.batch:
         msg = f"data={config.data} has {len(windows)} windows to train on, fewer than a batch."
         raise ValueError(msg)
     import grain  # here and not at the top: the model can be used without it
 
-    source = grain.MapDataset.source(windows)
-    return source.seed(config.seed).shuffle().repeat().batch(config.batch)
+    return grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+
+
+def make_batches(corpus: Corpus, config: Config) -> "grain.MapDataset":
+    """Training batches, uint8 (batch, context + 1): `batches[t]` depends on seed and t only."""
+    return shuffled_windows(corpus, config).batch(config.batch)
 
 
 def held_out_windows(text: np.ndarray, config: Config) -> np.ndarray:
@@ -458,6 +480,9 @@ def settle(config: Config) -> Config:
     if not 0 < config.warmup_steps < config.steps:
         msg = f"warmup_steps={config.warmup_steps} is not between 0 and steps={config.steps}."
         raise ValueError(msg)
+    if config.tensorboard is not None and importlib.util.find_spec("tensorboardX") is None:
+        msg = f"tensorboard={config.tensorboard} needs tensorboardX: pip install tensorboardX"
+        raise ValueError(msg)
     if config.log is None and config.checkpoint_dir is not None:
         config = dataclasses.replace(config, log=config.checkpoint_dir / "log.csv")
     return config
@@ -473,13 +498,45 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(config: Config) -> tuple[nnx.GraphDef, State]:
-    """The model's static part, and the initial state drawn from the seed."""
-    graphdef, params = nnx.split(GPT(config, nnx.Rngs(config.seed)))
-    params = nnx.as_pure(params)  # plain arrays at paths such as blocks, 0, up, kernel
+def init_state(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, State]:
+    """The model's static part, and the initial state drawn from the seed.
+
+    On a mesh each device gets its parts of the same state, which no device ever has whole.
+    """
+
+    def draw() -> Any:
+        params = nnx.state(GPT(config, nnx.Rngs(config.seed)))
+        return nnx.as_pure(params)  # plain arrays at paths such as blocks, 0, up, kernel
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(config.seed))))
+    if mesh is not None:
+        params = jax.jit(draw, out_shardings=gpt_mesh.layout(jax.eval_shape(draw), mesh))()
+    else:
+        params = draw()
     if config.start_from is not None:
-        params = trained_params(config.start_from, params)
-    return graphdef, State(params, make_optimizer(config).init(params))
+        params = trained_params(config.start_from, params, mesh)
+    optimizer = make_optimizer(config)
+    opt_state = with_room_for_measures(optimizer, params, optimizer.init(params))
+    if mesh is not None:
+        opt_state = gpt_mesh.everywhere(opt_state, mesh)
+    return graphdef, State(params, opt_state)
+
+
+def with_room_for_measures(
+    optimizer: optax.GradientTransformation, params: Any, state: optax.OptState
+) -> optax.OptState:
+    """The state with zeros for what it holds only after an update, as `optax.monitor` does.
+
+    A compiled step and a checkpoint take states of one structure.
+    """
+    if not optax.tree.get_all_with_path(state, "measurements"):
+        return state
+    later = jax.eval_shape(optimizer.update, params, state, params)[1]
+    known = dict(jax.tree.leaves_with_path(state))
+    return jax.tree.map_with_path(
+        lambda path, leaf: known[path] if path in known else jnp.zeros(leaf.shape, leaf.dtype),
+        later,
+    )
 
 
 def loss_of(params: Any, graphdef: nnx.GraphDef, tokens: jax.Array) -> jax.Array:
@@ -490,9 +547,16 @@ def loss_of(params: Any, graphdef: nnx.GraphDef, tokens: jax.Array) -> jax.Array
 
 
 def make_train_step(
-    config: Config, graphdef: nnx.GraphDef, state: State, tokens: Any
+    config: Config,
+    graphdef: nnx.GraphDef,
+    state: State,
+    tokens: Any,
+    loss_of: Callable[..., jax.Array] = loss_of,
 ) -> jax.stages.Compiled:
-    """Compile the step (state, tokens) -> (state, loss); it reuses the memory of its state."""
+    """Compile the step (state, tokens) -> (state, loss); it reuses the memory of its state.
+
+    The new state lies where the old one does.
+    """
     optimizer = make_optimizer(config)
 
     def train_step(state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
@@ -500,7 +564,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), opt_state), loss
 
-    return jax.jit(train_step, donate_argnums=0).lower(state, tokens).compile()
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+    return step.lower(state, tokens).compile()
 
 
 # --------------------------------------------------------------------------- log and checkpoints
@@ -566,7 +632,39 @@ def open_log(path: Path | None, rows: list[Row]) -> TextIO:
     return path.open("a", newline="")
 
 
-def trained_params(folder: Path, like: Any) -> Any:
+class TensorBoard:
+    """Writes rows of the log, and the measures in the optimizer's state, as TensorBoard events."""
+
+    def __init__(self, folder: Path | None, first: int):
+        """Open the folder, if one is given; what it has of steps after `first` is replaced."""
+        self._writer = None
+        if folder is not None:
+            from tensorboardX import SummaryWriter  # only who asks for it needs it
+
+            self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+
+    def __enter__(self) -> "TensorBoard":
+        """Nothing more to open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, row: Row, opt_state: optax.OptState) -> None:
+        """Write the losses; where the row has evaluated ones, the optimizer's measures too."""
+        if self._writer is None:
+            return
+        values = {"train": row.train_loss, "select": row.select_loss, "report": row.report_loss}
+        scalars = {f"loss/{name}": value for name, value in values.items() if value is not None}
+        if row.select_loss is not None:
+            scalars |= diagnostics.scalars(opt_state)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, row.step)
+
+
+def trained_params(folder: Path, like: Any, mesh: Mesh | None = None) -> Any:
     """The parameters in the last checkpoint of another run.
 
     Raises:
@@ -582,7 +680,7 @@ def trained_params(folder: Path, like: Any) -> Any:
         known = {field.name for field in dataclasses.fields(Config)}
         settings = {name: value for name, value in settings.items() if name in known}
         config = dataclasses.replace(Config(**settings), start_from=None)
-        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, init_state(config)[1])
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, init_state(config, mesh)[1])
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         params = manager.restore(step, args=arguments).state.params
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, like)]
@@ -666,11 +764,17 @@ def train(config: Config) -> Result:
             belongs to another run; the message names the setting.
     """
     config = settle(config)
+    mesh = None if config.mesh is None else gpt_mesh.make_mesh(config)
     corpus = read_corpus(config.data)
     batches = make_batches(corpus, config)
     held_out = [held_out_windows(text, config) for text in (corpus.select, corpus.report)]
-    graphdef, state = init_state(config)
-    held_out_loss = jax.jit(loss_of, static_argnums=1)
+    if mesh is not None:
+        gpt_mesh.check_agreement((settings_that_matter(config), corpus.digest))
+        batches = gpt_mesh.Batches(shuffled_windows(corpus, config), config.batch, mesh)
+        held_out = [gpt_mesh.cut_rows(tokens, mesh) for tokens in held_out]
+    graphdef, state = init_state(config, mesh)
+    loss_here = loss_of if mesh is None else gpt_mesh.on_whole_params(loss_of, mesh)
+    held_out_loss = jax.jit(loss_here, static_argnums=1)
 
     def evaluate(params: Any) -> list[float]:
         return [float(held_out_loss(params, graphdef, tokens)) for tokens in held_out]
@@ -681,16 +785,20 @@ def train(config: Config) -> Result:
             rows = read_log(config.log, first)
         else:
             rows = [Row(0, 0.0, None, *evaluate(state.params))]
-        train_step = make_train_step(config, graphdef, state, batches[0])
+        train_step = make_train_step(config, graphdef, state, batches[0], loss_here)
         seconds = rows[-1].seconds
+        # Of several processes the first one writes; all take part in evaluations and checkpoints.
+        writes = gpt_mesh.is_first()
         bar = tqdm(
             total=config.steps,
             initial=first,
             desc=f"{config.optimizer} {config.learning_rate:g}",
             unit="step",
-            disable=not config.progress,
+            disable=not (config.progress and writes),
+            mininterval=0.1 if jax.process_count() == 1 else 10,  # there each is a line of a log
         )
-        with bar, open_log(config.log, rows) as log:
+        log = open_log(config.log if writes else None, rows)
+        with bar, log, TensorBoard(config.tensorboard if writes else None, first) as board:
             for step in range(first + 1, config.steps + 1):
                 started = time.perf_counter()
                 state, loss = train_step(state, batches[step - 1])
@@ -703,13 +811,14 @@ def train(config: Config) -> Result:
                 rows.append(Row(step, seconds, loss, *losses))
                 csv.writer(log, lineterminator="\n").writerow(rows[-1])
                 log.flush()  # before the checkpoint, which counts on its rows
+                board.write(rows[-1], state.opt_state)
                 if last or step % config.checkpoint_every == 0:
                     checkpoints.save(step, state)
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
 
     result = result_of(config, rows)
-    if config.plot is not None:
+    if config.plot is not None and writes:
         plot_losses(result, config.plot)
     return result
 
@@ -741,9 +850,11 @@ def plot_losses(result: Result, path: Path) -> None:
 
 def smoke_settings(config: Config, folder: Path) -> Config:
     """The same settings with tiny sizes, and every file written, to `folder` unless named."""
+    config = dataclasses.replace(config, **SMOKE)
+    if jax.process_count() > 1:  # each has another temporary folder
+        return config
     return dataclasses.replace(
         config,
-        **SMOKE,
         checkpoint_dir=config.checkpoint_dir or folder / "checkpoints",
         plot=config.plot or folder / "loss.png",
     )
@@ -751,13 +862,17 @@ def smoke_settings(config: Config, folder: Path) -> Config:
 
 def main(config: Config) -> Result:
     """Train as the settings say and print the final held-out loss."""
-    with tempfile.TemporaryDirectory() as folder:
+    if config.mesh is not None:
+        gpt_mesh.join_processes()
+    with tempfile.TemporaryDirectory() as folder, gpt_mesh.failures_end_the_job():
         result = train(smoke_settings(config, Path(folder)) if config.smoke else config)
-    print(
-        f"{result.config.optimizer}, learning rate {result.config.learning_rate:g}: held-out loss "
-        f"{result.select_loss[-1]:.4f} (select), {result.report_loss[-1]:.4f} (report) nats per "
-        f"byte after {result.eval_steps[-1]} steps and {result.eval_seconds[-1]:.1f} s of training."
-    )
+    if gpt_mesh.is_first():
+        print(
+            f"{result.config.optimizer}, learning rate {result.config.learning_rate:g}: held-out "
+            f"loss {result.select_loss[-1]:.4f} (select), {result.report_loss[-1]:.4f} (report) "
+            f"nats per byte after {result.eval_steps[-1]} steps and "
+            f"{result.eval_seconds[-1]:.1f} s of training."
+        )
     return result
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,12 @@ import gpt_compare
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+import orthax
+from orthax.diagnostics import of_params, of_updates, orthogonality_error, stable_rank
 
 TINY = gpt.Config(**gpt.SMOKE, progress=False)
 
@@ -277,6 +283,54 @@ def test_the_smoke_run_writes_every_file_and_prints_the_final_loss(tmp_path, cap
     assert f"{result.report_loss[-1]:.4f} (report)" in capsys.readouterr().out
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"10", "12", "log.csv"}
+
+
+def read_events(folder):
+    """Values by tag and step in TensorBoard's files, later ones instead of earlier ones."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        rest = path.read_bytes()
+        while rest:  # records: length (8 bytes), its checksum (4), data, their checksum (4)
+            (length,) = struct.unpack("<Q", rest[:8])
+            event = Event.FromString(rest[12 : 12 + length])
+            rest = rest[16 + length :]
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def test_tensorboard_has_the_losses_and_what_the_optimizer_measures(tmp_path, monkeypatch):
+    measures = {"rank": of_updates(stable_rank), "error": of_params(orthogonality_error)}
+    monkeypatch.setitem(
+        gpt.OPTIMIZERS,
+        "muon",
+        lambda *rate, **options: optax.chain(
+            orthax.muon(*rate, **options), optax.monitor(measures)
+        ),
+    )
+    config = dataclasses.replace(
+        TINY, steps=8, tensorboard=tmp_path / "events", checkpoint_dir=tmp_path / "run"
+    )
+    result = gpt.train(config)
+    found = read_events(tmp_path / "events")
+    assert 1 <= found["rank/blocks/0/up/kernel", 8] <= TINY.width
+    assert {step for tag, step in found if tag == "error/blocks/0/up/kernel"} == {4, 8}
+    np.testing.assert_allclose(
+        [found["loss/train", step] for step in range(1, 9)], result.train_loss, rtol=1e-6
+    )
+    for name in ("select", "report"):
+        steps = sorted(step for tag, step in found if tag == f"loss/{name}")
+        assert steps == [4, 8]
+    np.testing.assert_allclose(found["loss/report", 8], result.report_loss[-1], rtol=1e-6)
+
+    monkeypatch.setattr(gpt, "make_train_step", lambda *_: None)
+    gpt.train(config)  # its checkpoint, which has the measures too, is read
+
+
+def test_tensorboard_without_its_package_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="needs tensorboardX: pip install tensorboardX"):
+        gpt.train(dataclasses.replace(TINY, tensorboard=tmp_path))
 
 
 # ----------------------------------------------------------------------------------- comparison
