@@ -32,8 +32,7 @@ def on_owners_by_constraints(
     params: Sequence[jax.Array] | None,
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     """As `on_owners`, which knows the `entries` of the leaves' specs in addition."""
-    # The minor one of two that cut one axis moves first: then what stays is still in blocks.
-    axes = free_axes(mesh)[::-1]
+    axes = free_axes(mesh)
     rows = [
         (x, [column[i] for column in columns], None if params is None else params[i])
         for i, x in enumerate(leaves)
@@ -59,19 +58,21 @@ def on_owners_by_constraints(
 
     def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
         """On one device, with matrices of its own."""
+        stacks = jax.tree.map(lambda x: x.reshape(x.shape[len(axes) :]), stacks)
         gradients = [r.opened(g) for r, (g, *_) in zip(readers, stacks, strict=True)]
         held = [[kept[c] for _, kept, _ in stacks] for c in range(len(columns))]
         weights = None
         if params is not None:
             weights = [r.opened(w) for r, (*_, w) in zip(readers, stacks, strict=True)]
         updates, held = run(numbers, gradients, held, weights)
-        return [
+        results = [
             (reader.closed(update), [column[i] for column in held])
             for i, (reader, update) in enumerate(zip(readers, updates, strict=True))
         ]
+        return jax.tree.map(lambda x: x.reshape(*(1 for _ in axes), *x.shape), results)
 
     stacks = [stacked(members) for members in groups.values()]
-    spec = PartitionSpec(axes)
+    spec = PartitionSpec(*axes)
     found = jax.shard_map(
         inside,
         mesh=mesh,
@@ -95,24 +96,33 @@ def on_owners_by_constraints(
     return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
 
 
-def _laid(x: jax.Array, mesh: Any, first: Any, others: Any) -> jax.Array:
-    spec = PartitionSpec(first, *(others for _ in x.shape[1:]))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
 def _to_owners(parts: Sequence[jax.Array], mesh: Any, axes: tuple[str, ...]) -> jax.Array:
-    """The stack of some parts, whose first axis is divided among all devices."""
+    """The stack of some parts, (*sizes of mesh axes, own, *rest), each device with its own."""
     stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    missing = -stack.shape[0] % math.prod(dict(mesh.shape)[a] for a in axes)
+    counts = [dict(mesh.shape)[a] for a in axes]
+    missing = -stack.shape[0] % math.prod(counts)
     stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
-    stack = _laid(stack, mesh, None, OPEN)
-    for end in range(1, len(axes)):
-        stack = _laid(stack, mesh, axes[:end], OPEN)
+    stack = stack.reshape(*counts, -1, *stack.shape[1:])
+    for moved in _stages(axes):
+        stack = _laid(stack, mesh, moved, OPEN)
     return _laid(stack, mesh, axes, None)
 
 
 def _from_owners(stack: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
     stack = _laid(stack, mesh, axes, None)
-    for end in reversed(range(1, len(axes))):
-        stack = _laid(stack, mesh, axes[:end], OPEN)
-    return _laid(stack, mesh, None, OPEN)
+    for moved in reversed(_stages(axes)):
+        stack = _laid(stack, mesh, moved, OPEN)
+    return stack.reshape(-1, *stack.shape[len(axes) + 1 :])
+
+
+def _stages(axes: tuple[str, ...]) -> list[tuple[str | None, ...]]:
+    """What lies along the stack's first axes, before the last one is moved.
+
+    The minor one of two mesh axes that cut one axis moves first: then what stays lies in blocks.
+    """
+    return [(*(None for _ in axes[:at]), *axes[at:]) for at in range(len(axes), 0, -1)]
+
+
+def _laid(x: jax.Array, mesh: Any, moved: tuple[str | None, ...], others: Any) -> jax.Array:
+    spec = PartitionSpec(*moved, None, *(others for _ in x.shape[len(moved) + 1 :]))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
