@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import optax
 
-from orthax.base.leaves import check_matrix_leaves, check_params
+from orthax.base.given_shardings import shardings_of
+from orthax.base.leaves import check_matrix_leaves, check_params, path_text
+from orthax.base.placing import alike
 from orthax.base.reading import AsItIs, Reading
 from orthax.base.stacks import ALL, NONE, SMALL, columns_of, map_matrices
 from orthax.base.whole_matrices import entries_of, on_owners, one_mesh
@@ -45,9 +47,7 @@ class Step:
         columns = columns_of(list(map(self.init, leaves)), len(self.state_type._fields))
         return self.state_type(*map(structure.unflatten, columns))
 
-    def update(
-        self, updates: optax.Updates, state: Any, params: optax.Params | None
-    ) -> tuple[optax.Updates, Any]:
+    def update(self, updates: optax.Updates, state: Any, params: Any) -> tuple[optax.Updates, Any]:
         """The step for every leaf, where it lies."""
         if self.needs_params:
             check_params(self.call, params)
@@ -66,10 +66,12 @@ class EachMatrix(optax.GradientTransformation):
     Attributes:
       steps: What is done to each matrix, in turn.
       is_chain: Whether the state is a tuple of the steps' states, as of `optax.chain`.
+      sharding: How leaves lie where their types do not tell.
     """
 
     steps: tuple[Step, ...]
     is_chain: bool
+    sharding: Any
 
     @property
     def needs_params(self) -> bool:
@@ -80,6 +82,11 @@ class EachMatrix(optax.GradientTransformation):
     def whole(self) -> bool:
         """Whether matrices of a mesh travel to one device each."""
         return any(step.whole for step in self.steps)
+
+    def staying(self) -> "EachMatrix":
+        """The same where nothing travels."""
+        steps = tuple(dataclasses.replace(step, whole=False) for step in self.steps)
+        return _transformation(steps, is_chain=self.is_chain)
 
     def __repr__(self) -> str:
         return f"<orthax.{' -> '.join(step.call for step in self.steps)}>"
@@ -96,6 +103,7 @@ def each_matrix(
     init: Callable[[Any], tuple[jax.Array, ...]] | None = None,
     state_type: Any = None,
     whole: bool = False,
+    sharding: Any = None,
 ) -> EachMatrix:
     """Makes a function of one matrix into a transformation.
 
@@ -115,22 +123,25 @@ def each_matrix(
         for it: arrays (..., a, b) with the leaf's batch axes. None: there is no state.
       state_type: The state's type, of one tree for each entry of that.
       whole: Whether it is so much work that matrices which a mesh cuts travel to one device each.
+      sharding: None, or how the leaves lie where their types do not tell (`given_shardings`).
     """
     made = Step(call, step, share, needs_params, numbers, per_shape, init, state_type, whole)
-    return _transformation((made,), is_chain=False)
+    return _transformation((made,), is_chain=False, sharding=sharding)
 
 
 def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optax.chain`, whose matrices travel once on a mesh if all are made by `each_matrix`."""
     steps: list[Step] = []
+    sharding = None
     for tx in transformations:
         if not isinstance(tx, EachMatrix) or tx.is_chain:
             return optax.chain(*transformations)
         steps += tx.steps
-    return _transformation(tuple(steps), is_chain=True)
+        sharding = tx.sharding if sharding is None else sharding
+    return _transformation(tuple(steps), is_chain=True, sharding=sharding)
 
 
-def _transformation(steps: tuple[Step, ...], *, is_chain: bool) -> EachMatrix:
+def _transformation(steps: tuple[Step, ...], *, is_chain: bool, sharding: Any = None) -> EachMatrix:
     def init(params: optax.Params) -> optax.OptState:
         states = tuple(step.start(params) for step in steps)
         return states if is_chain else states[0]
@@ -141,13 +152,14 @@ def _transformation(steps: tuple[Step, ...], *, is_chain: bool) -> EachMatrix:
         if made.whole:
             check_matrix_leaves(steps[0].call, updates)
             readings = [AsItIs(tuple(range(x.ndim - 2))) for x in jax.tree.leaves(updates)]
-            if (found := run_whole(made, updates, state, params, readings)) is not None:
+            given = shardings_of(steps[0].call, sharding, updates)
+            if (found := run_whole(made, updates, state, params, readings, given)) is not None:
                 return found
         updates, states = run(steps, updates, state if is_chain else (state,), params)
         return updates, states if is_chain else states[0]
 
     made = EachMatrix(init, update)
-    made.steps, made.is_chain = steps, is_chain
+    made.steps, made.is_chain, made.sharding = steps, is_chain, sharding
     return made
 
 
@@ -168,7 +180,8 @@ def run_whole(
     state: Any,
     params: Any,
     readings: Sequence[Reading],
-    shardings: Sequence[Any] | None = None,
+    given: Sequence[Any],
+    call: str | None = None,
 ) -> tuple[optax.Updates, Any] | None:
     """All steps, each device on whole matrices of its own; None where there is nothing to move.
 
@@ -178,13 +191,16 @@ def run_whole(
       state: Of what they open to.
       params: Leaves in their own shape.
       readings: How each leaf of `updates` is read as matrices.
-      shardings: Where each lies, if its type does not tell.
+      given: The sharding of each where its type does not tell, or None.
+      call: The user's, for errors.
     """
     leaves, structure = jax.tree.flatten(updates)
-    mesh = one_mesh(leaves) if made.whole else None
+    mesh = one_mesh(leaves, given) if made.whole else None
     if mesh is None:
         return None
-    entries = entries_of(leaves, shardings)
+    keyed = jax.tree_util.tree_leaves_with_path(updates)
+    paths = [path_text(keys) for keys, _ in keyed]
+    entries = entries_of(call or made.steps[0].call, paths, leaves, given, mesh)
     widths = [len(step.state_type._fields) if step.state_type else 0 for step in made.steps]
     traced = [isinstance(n, jax.Array) for step in made.steps for n in step.numbers]
 
@@ -219,5 +235,6 @@ def run_whole(
     else:
         found = on_owners(inside, numbers, mesh, leaves, readings, entries, columns, weights)
     results, columns = found
+    results = [alike(x, like) for x, like in zip(results, leaves, strict=True)]
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
     return structure.unflatten(results), after if made.is_chain else after[0]

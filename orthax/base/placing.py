@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from orthax.base.leaves import explicit_sharding, spec_of, vary_as
+from orthax.base.leaves import explicit_sharding, on_auto_axes, spec_of, vary_as
 
 
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:
@@ -34,6 +35,12 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     # Not the Manual axes of a `jax.shard_map` around, which stay what they are.
     axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)
+
+
+def alike(x: Any, like: Any) -> Any:
+    """An array that the compiler lays out as it does another, on Auto axes where it decides."""
+    traced = isinstance(x, Tracer) and isinstance(like, Tracer) and x.shape == like.shape
+    return shard_alike(x, like)[0] if traced and on_auto_axes(like) else x
 
 
 def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:

@@ -25,35 +25,45 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthax.base.exchange import Cuts, Route, bring, send
+from orthax.base.given_shardings import mesh_of, spec_entries
 from orthax.base.leaves import explicit_sharding, spec_of
 from orthax.base.reading import AsItIs, Entries, Place, Reading
 
 
 def free_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh along which work can be divided: not of one device, nor a user's own."""
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return tuple(name for name, size, kind in axes if size > 1 and kind != AxisType.Manual)
+    """The axes of a mesh along which work can be divided: none inside a user's `jax.shard_map`."""
+    if AxisType.Manual in mesh.axis_types:
+        return ()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
+    return tuple(name for name, size in axes if size > 1)
 
 
-def one_mesh(leaves: Sequence[jax.Array]) -> Any:
-    """The mesh on which all leaves lie, if they lie on one with work to divide."""
+def one_mesh(leaves: Sequence[jax.Array], given: Sequence[Any]) -> Any:
+    """The mesh on which all leaves lie, if they lie on one with work to divide.
+
+    By their types, or by the shardings given for them.
+    """
     meshes = {jax.typeof(x).sharding.mesh for x in leaves}
     if len(meshes) != 1 or any(x.size == 0 for x in leaves):
         return None
     (mesh,) = meshes
-    return mesh if free_axes(mesh) else None
+    mesh = mesh_of(given) if mesh.empty else mesh
+    return mesh if mesh is not None and free_axes(mesh) else None
 
 
-def entries_of(leaves: Sequence[jax.Array], shardings: Sequence[Any] | None) -> Any:
-    """How each leaf is cut, by its type, by itself, or by what a user says; None if unknown."""
-    if shardings is not None:
-        return [spec_of(sharding, x.ndim) for x, sharding in zip(leaves, shardings, strict=True)]
+def entries_of(
+    call: str, paths: Sequence[str], leaves: Sequence[jax.Array], given: Sequence[Any], mesh: Any
+) -> list[Entries] | None:
+    """How each leaf is cut, by its type, itself or what was given; None if one is unknown."""
     found = []
-    for x in leaves:
+    for path, x, one in zip(paths, leaves, given, strict=True):
         sharding = explicit_sharding(x) or (None if isinstance(x, Tracer) else x.sharding)
-        if not isinstance(sharding, NamedSharding):
+        if isinstance(sharding, NamedSharding):
+            found.append(spec_of(sharding, x.ndim))
+        elif (entries := spec_entries(call, path, x.shape, one, mesh)) is not None:
+            found.append(entries)
+        else:
             return None
-        found.append(spec_of(sharding, x.ndim))
     return found
 
 
@@ -131,7 +141,6 @@ def on_owners(
         mesh=mesh,
         in_specs=(PartitionSpec(), specs),
         out_specs=[row[:2] for row in specs],
-        axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
         check_vma=False,
     )
     found = everywhere(numbers, rows)
@@ -169,7 +178,11 @@ class _Group:
             jax.tree.map(lambda x, place: place.stacked(x), rows[i], where)
             for i, where in zip(self.members, self.places, strict=True)
         ]
-        return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *stacked)
+
+        def joined(*xs: jax.Array) -> jax.Array:
+            return xs[0] if len(xs) == 1 else jnp.concatenate(xs)
+
+        return jax.tree.map(joined, *stacked)
 
     def count(self, rows: list[Any]) -> int:
         """The number of matrices of which a device has something."""
@@ -230,6 +243,6 @@ def cuts_of(entries: Entries, sizes: Mapping[str, int]) -> Cuts:
 def _beside(x: jax.Array, spec: PartitionSpec, sizes: Mapping[str, int]) -> Place:
     """Of an array that the state holds: its own, or that of the matrices where it is as long."""
     known = explicit_sharding(x)
-    spec = spec_of(known, x.ndim) if known else tuple(spec)
-    cut = tuple(None if size == 1 else e for size, e in zip(x.shape, spec, strict=True))
+    entries = spec_of(known, x.ndim) if known else tuple(spec)
+    cut = tuple(None if size == 1 else e for size, e in zip(x.shape, entries, strict=True))
     return Place(cuts_of(cut, sizes), tuple(range(x.ndim - 2)))

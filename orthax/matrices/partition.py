@@ -14,31 +14,14 @@ import numpy as np
 import optax
 
 from orthax.base import check
-from orthax.base.each_matrix import EachMatrix, run_whole
+from orthax.base.given_shardings import check_sharding, shardings_of
 from orthax.base.leaves import given_for, keep_dtypes, params_of
+from orthax.base.placing import alike
 from orthax.matrices.default_rule import Undecided, Verdict, default_verdicts
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.reports import report_missing_names, report_unmatched
-from orthax.matrices.view import MatrixView, PackedView, close_view, make_view, open_view
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One leaf of a tree and what was decided about it.
-
-    Attributes:
-      path: Components joined by `/`.
-      value: The leaf.
-      view: How it is read as matrices; None for the fallback.
-      reason: The rule that decided.
-      by_default: Whether that was the default rule, which reads names and shapes.
-    """
-
-    path: str
-    value: Any
-    view: MatrixView | PackedView | None
-    reason: str
-    by_default: bool
+from orthax.matrices.shown import Leaf, shown_matrices
+from orthax.matrices.view import make_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +34,18 @@ class DecidedLeaves:
     Attributes:
       tree: The whole tree, as the user has it.
       decided: For each of its leaves, what was decided.
+      call: The user's, for errors.
     """
 
     tree: Any
     decided: Any
+    call: str
 
     def __call__(
         self, inner: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
         """The transformation, seeing matrices; its updates come back in the leaves' own shape."""
-        return _shown_matrices(inner, self.decided)
+        return shown_matrices(self.call, inner, self.decided)
 
     def masked(
         self, inner: optax.GradientTransformation, mask: Any
@@ -76,7 +61,7 @@ Build: TypeAlias = Callable[[DecidedLeaves], optax.GradientTransformation]
 
 
 def as_matrices(
-    inner: optax.GradientTransformation, dimension_numbers: Any = None
+    inner: optax.GradientTransformation, dimension_numbers: Any = None, *, sharding: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Shows an inner transformation every leaf as `(*batch, rows, cols)`.
 
@@ -89,6 +74,8 @@ def as_matrices(
       dimension_numbers: Which axes those are: None (the default rule, see `explain`), one
         `optax.contrib.MuonDimensionNumbers` or `Packed` for all leaves, a tree of them or a prefix
         of it, a callable `params -> tree`, or `PathRules`.
+      sharding: How leaves lie on a mesh where their types do not tell, and whether matrices travel
+        to one device each if `inner` orthogonalises; see `orthogonalize`.
 
     Returns:
       A transformation with the state of `inner`.
@@ -109,9 +96,10 @@ def as_matrices(
       ((8, 2, 3), 6.0)
     """
     check.transformation("as_matrices: inner", inner)
+    check_sharding("as_matrices", sharding)
 
     def shown(tree: Any) -> optax.GradientTransformationExtraArgs:
-        decided = resolve("as_matrices", tree, dimension_numbers)
+        decided = _placed("as_matrices", tree, dimension_numbers, sharding)
         for leaf in decided:
             if leaf.view is None:
                 raise ValueError(
@@ -119,7 +107,8 @@ def as_matrices(
                     f"matrix ({leaf.reason}); send it elsewhere with orthax.partition_matrices or "
                     "give its dimension numbers."
                 )
-        return _shown_matrices(inner, jax.tree.structure(tree).unflatten(decided))
+        leaves = jax.tree.structure(tree).unflatten(decided)
+        return shown_matrices("as_matrices", inner, leaves)
 
     return _built_for_each_tree("as_matrices", dimension_numbers, shown)
 
@@ -128,6 +117,8 @@ def partition_matrices(
     matrices: optax.GradientTransformation | Build,
     rest: optax.GradientTransformation | Build,
     dimension_numbers: Any = None,
+    *,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Sends leaves that are matrices to one transformation and all others to another.
 
@@ -139,6 +130,7 @@ def partition_matrices(
       rest: Transformation for the other leaves, or a function that builds it.
       dimension_numbers: As in `as_matrices`; None there means `rest`. A callable sees the whole
         tree.
+      sharding: As in `as_matrices`, for what a function shows the matrices.
 
     Returns:
       A transformation with an `optax.PartitionState`. Where a function builds a chain, float16 is
@@ -162,7 +154,7 @@ def partition_matrices(
       [[1.1 0. ]
        [0.  1.1]] [2. 2.]
     """
-    return partition("partition_matrices", matrices, rest, dimension_numbers)
+    return partition("partition_matrices", matrices, rest, dimension_numbers, sharding)
 
 
 def partition(
@@ -170,9 +162,11 @@ def partition(
     matrices: optax.GradientTransformation | Build,
     rest: optax.GradientTransformation | Build,
     dimension_numbers: Any,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`partition_matrices` for an optimizer, whose name stands in error messages."""
     given: dict[Hashable, Any] = {"matrices": matrices, "rest": rest}
+    check_sharding(call, sharding)
     built = [name for name, part in given.items() if not check.is_transformation(part)]
     for name in built:
         accepted = "an optax transformation or a function to one"
@@ -180,16 +174,17 @@ def partition(
 
     def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
         # Built for the tree at hand: what is decided is handed to the chains as a value.
-        structure, decided = jax.tree.structure(tree), resolve(call, tree, dimension_numbers)
+        structure = jax.tree.structure(tree)
+        decided = _placed(call, tree, dimension_numbers, sharding)
         labels = ["rest" if leaf.view is None else "matrices" for leaf in decided]
-        leaves = DecidedLeaves(tree, structure.unflatten(decided))
+        leaves = DecidedLeaves(tree, structure.unflatten(decided), call)
         chains = {name: part(leaves) if name in built else part for name, part in given.items()}
         for name, chain in chains.items():
             if not hasattr(chain, "update"):
                 check.transformation(f"{call}: what {name} returns", chain)
         # A function, as labels in the form of a model that can be called would be taken for one.
         both = optax.partition(chains, lambda _: structure.unflatten(labels))
-        return keep_dtypes(both) if built else both
+        return _beside_what_came(keep_dtypes(both)) if built else both
 
     return _built_for_each_tree(call, dimension_numbers, parts)
 
@@ -212,56 +207,33 @@ def _built_for_each_tree(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _shown_matrices(
-    inner: optax.GradientTransformation, decided: Any
+def _beside_what_came(
+    inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shows `inner` the leaves of a tree as matrices; leaves that are masked away stay so."""
-    travels = isinstance(inner, EachMatrix) and inner.whole
-    per_matrix, inner = inner, optax.with_extra_args_support(inner)
+    """On Auto axes, updates that lie as the params (or gradients) and a state that stays in place.
 
-    def masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
-    # A part sees `optax.MaskedNode` in the place of the other's leaves. A gradient may be None
-    # where there is a parameter.
-    def view_of(x: Any, leaf: Leaf | None) -> MatrixView | PackedView | None:
-        if masked(x) or leaf is None or leaf.view is None or leaf.view.is_identity:
-            return None
-        return leaf.view
-
-    def opened(tree: Any) -> Any:
-        def open_leaf(x: Any, leaf: Leaf | None) -> Any:
-            view = view_of(x, leaf)
-            return x if view is None else open_view(view, x)
-
-        return jax.tree.map(open_leaf, tree, decided, is_leaf=masked)
-
-    def closed(results: Any, like: Any) -> Any:
-        def close_leaf(x: Any, result: Any, leaf: Leaf) -> Any:
-            view = view_of(x, leaf)
-            return result if view is None else close_view(view, result, x)
-
-        return jax.tree.map(close_leaf, like, results, decided, is_leaf=masked)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(opened(params))
+    Stacks of leaves that lie in several ways have one layout, which the compiler would hand on.
+    """
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        if travels:
-            # On a mesh leaves are opened by the devices that own them: cut heads would be gathered.
-            views = jax.tree.map(
-                lambda x, leaf: x if masked(x) else leaf.view, updates, decided, is_leaf=masked
-            )
-            found = run_whole(per_matrix, updates, state, params, jax.tree.leaves(views))
-            if found is not None:
-                return found
-        opened_params = None if params is None else opened(params)
-        results, state = inner.update(opened(updates), state, opened_params, **extra)
-        return closed(results, like=updates), state
+        results, new = inner.update(updates, state, params, **extra)
+        results = jax.tree.map(alike, results, updates if params is None else params)
+        if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
+            new = jax.tree.map(alike, new, state)
+        return results, new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _placed(call: str, tree: Any, dimension_numbers: Any, sharding: Any) -> list[Leaf]:
+    """What was decided of each leaf, and how it lies."""
+    decided = resolve(call, tree, dimension_numbers)
+    if sharding is None:
+        return decided
+    given = [False] * len(decided) if sharding is False else shardings_of(call, sharding, tree)
+    return [dataclasses.replace(leaf, sharding=s) for leaf, s in zip(decided, given, strict=True)]
 
 
 def resolve(call: str, tree: Any, dimension_numbers: Any, *, report: bool = False) -> list[Leaf]:

@@ -35,6 +35,7 @@ def hybrid_auon(
     fallback: optax.GradientTransformation | None = None,
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hybrid-AuON: one step of Newton-Schulz, and AuON's brake.
 
@@ -83,4 +84,4 @@ def hybrid_auon(
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
     rest = fallback_chain("hybrid_auon", fallback, adam, decay, mask, rate)
-    return partition("hybrid_auon", matrices, rest, dimension_numbers)
+    return partition("hybrid_auon", matrices, rest, dimension_numbers, sharding)

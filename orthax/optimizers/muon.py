@@ -31,6 +31,7 @@ def muon(
     fallback: optax.GradientTransformation | None = None,
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon, called as `optax.adamw(learning_rate)` is.
 
@@ -64,6 +65,10 @@ def muon(
         (stochastic rounding: 0.92, 0.78, 0.74, 0.89; 4 bits: 0.47, 0.34, 0.31, 0.44;
         benchmarks/momentum_bits.py); its final loss is 0.006 higher in the mean of three seeds,
         which differ by 0.012 among themselves.
+      sharding: On a mesh each matrix travels to one device and back. None: how leaves are cut is
+        read from their types or, on Auto axes under `jax.jit`, left to the compiler. A tree of
+        shardings like the params, such as `jax.tree.map(lambda x: x.sharding, params)`, or a
+        function of params to one, tells it there; see `orthax.orthogonalize`. False: nothing moves.
 
     Returns:
       The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
@@ -101,4 +106,4 @@ def muon(
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
     rest = fallback_chain("muon", fallback, adam, decay, mask, rate)
-    return partition("muon", matrices, rest, dimension_numbers)
+    return partition("muon", matrices, rest, dimension_numbers, sharding)

@@ -33,6 +33,7 @@ def normuon(
     fallback: optax.GradientTransformation | None = None,
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""NorMuon, called as `optax.adamw(learning_rate)` is.
 
@@ -72,4 +73,4 @@ def normuon(
         return optax.chain(trace, leaves(direction), leaves.masked(weights_decay, mask), rate)
 
     rest = fallback_chain("normuon", fallback, adam, weights_decay, mask, rate)
-    return partition("normuon", matrices, rest, dimension_numbers)
+    return partition("normuon", matrices, rest, dimension_numbers, sharding)

@@ -36,6 +36,7 @@ def root(
     fallback: optax.GradientTransformation | None = None,
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
+    sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ROOT, called as `optax.adamw(learning_rate)` is.
 
@@ -75,4 +76,4 @@ def root(
         return optax.chain(trace, leaves(direction), leaves.masked(decay, mask), rate)
 
     rest = fallback_chain("root", fallback, adam, decay, mask, rate)
-    return partition("root", matrices, rest, dimension_numbers)
+    return partition("root", matrices, rest, dimension_numbers, sharding)

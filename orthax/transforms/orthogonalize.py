@@ -10,11 +10,16 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import ALL, NONE, each_matrix
+from orthax.base.given_shardings import check_sharding
 from orthax.linalg.polar_factor.choice import polar
 
 
 def orthogonalize(
-    method: Callable[..., jax.Array] = polar, *, stack: bool = True, **options: Any
+    method: Callable[..., jax.Array] = polar,
+    *,
+    stack: bool = True,
+    sharding: Any = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     r"""Replaces every matrix by its (approximate) orthogonal polar factor.
 
@@ -27,13 +32,17 @@ def orthogonalize(
         must commute with transposition, as every polar factor does. The default chooses by shape,
         dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the factor, and slower.
       stack: Whether matrices of one dtype and shape, up to transposition, are stacked, `method`
-        called once per shape: smaller programs, faster to compile. Leaves on Auto mesh axes are not
-        stacked, as only the compiler knows how they are sharded; on Explicit axes, per sharding.
+        called once per shape: smaller programs, faster to compile.
+      sharding: On a mesh each matrix travels to one device and back. None: how leaves are cut is
+        read from their types or, on Auto axes under `jax.jit`, left to the compiler. A tree of
+        shardings or `PartitionSpec`s like the updates, or a function of updates to one, tells it
+        there, for the fewest exchanges; a wrong one costs time and changes no value. False: leaves
+        stay where they are and the compiler divides products. Optimizers take it as well.
       **options: Passed to `method`: `orthogonalize(newton_schulz, coefficients=MUON)`.
 
     Returns:
       A stateless transformation; updates keep shape, dtype and sharding, on Auto and Explicit
-      meshes. (On Auto axes the compiler gathers a decomposition such as `polar_svd`'s.)
+      meshes, and are those of one device.
       State: none. Sees: trees whose leaves' last two axes are the matrix; needs no params.
 
     Raises:
@@ -52,8 +61,15 @@ def orthogonalize(
     check.function("orthogonalize: method", method)
     check.flag("orthogonalize: stack", stack)
     _check_options(method, options)
+    check_sharding("orthogonalize", sharding)
     configured = functools.partial(method, **options) if options else method
-    return each_matrix("orthogonalize", configured, share=ALL if stack else NONE, whole=True)
+    return each_matrix(
+        "orthogonalize",
+        configured,
+        share=ALL if stack else NONE,
+        whole=sharding is not False,
+        sharding=sharding,
+    )
 
 
 def _check_options(method: Callable[..., jax.Array], options: dict[str, Any]) -> None:
