@@ -40,7 +40,10 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
 def alike(x: Any, like: Any) -> Any:
     """An array that the compiler lays out as it does another, on Auto axes where it decides."""
     traced = isinstance(x, Tracer) and isinstance(like, Tracer) and x.shape == like.shape
-    return shard_alike(x, like)[0] if traced and on_auto_axes(like) else x
+    # Inside a user's `jax.shard_map` over other axes the compiler would abort.
+    if not traced or jax.sharding.get_abstract_mesh().manual_axes or not on_auto_axes(like):
+        return x
+    return shard_alike(x, like)[0]
 
 
 def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:
