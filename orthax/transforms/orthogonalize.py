@@ -30,7 +30,7 @@ def orthogonalize(
     Args:
       method: Function of matrices (..., m, n) to such of the same shape and dtype; with `stack` it
         must commute with transposition, as every polar factor does. The default chooses by shape,
-        dtype and backend; `orthogonalize(accuracy="exact")` is nearer to the factor, and slower.
+        dtype and platform; `orthogonalize(accuracy="exact")` is nearer to the factor, and slower.
       stack: Whether matrices of one dtype and shape, up to transposition, are stacked, `method`
         called once per shape: smaller programs, faster to compile.
       sharding: On a mesh each matrix travels to one device and back. None: how leaves are cut is

@@ -1,11 +1,15 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 import tolerances
+from helpers import lowered_for, values_as_on
 
-from orthax.linalg import coefficients, newton_schulz
+from orthax.linalg import coefficients, gram_newton_schulz, newton_schulz
 
 TABLES = {
     "muon": oracles.MUON_TABLE,
@@ -209,6 +213,35 @@ def test_half_precision_keeps_its_dtype_and_on_a_cpu_is_rounded_only_once(shape,
         rtol=tolerances.eps(dtype) / 2,
         atol=tolerance(shape, table, compute),
     )
+
+
+def test_16_bit_input_is_multiplied_in_16_bits_where_that_is_faster():
+    x = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)
+
+    def bits(iteration, platform):
+        text = lowered_for(platform, iteration, x)
+        return set(re.findall(r"dot_general.*: \(tensor<\w*x(\w+)>", text))
+
+    for platform in ("tpu", "cuda", "rocm"):
+        assert bits(newton_schulz, platform) == {"bf16"}
+        assert bits(gram_newton_schulz, platform) == {"bf16", "f32"}  # the small ones stay precise
+    assert bits(newton_schulz, "cpu") == bits(gram_newton_schulz, "cpu") == {"f32"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("table", [oracles.MUON_TABLE, ((1.5, -0.5, 0.0),) * 4], ids=["5", "cubic"])
+def test_on_a_tpu_precise_steps_are_a_loop_of_which_one_is_compiled(table, dtype):
+    x = oracles.well_conditioned((2, 5, 12), dtype)
+    precise = functools.partial(newton_schulz, coefficients=table, precision="highest")
+    for function, platform, loops in (
+        (precise, "tpu", True),
+        (precise, "cuda", False),
+        (newton_schulz, "tpu", False),
+    ):
+        assert ("stablehlo.while" in lowered_for(platform, function, x)) == loops
+    with values_as_on("tpu"):
+        looped = precise(x)
+    np.testing.assert_allclose(looped, precise(x), rtol=0, atol=1e-6)
 
 
 def test_float16_gradients_of_a_thousand_do_not_overflow():

@@ -50,6 +50,7 @@ ACCURACIES = ("fast", "exact")
 RULES = (
     Rule("fast", "cpu", 16, 1, rational),
     Rule("exact", "cpu", 16, 1, functools.partial(rational, degree=3, passes=2)),
+    Rule("fast", "tpu", 16, 1, newton_schulz),
     Rule("fast", "any", 32, 2, gram_newton_schulz),
     Rule("fast", "any", 16, 1, newton_schulz),
     Rule("exact", "any", 16, 1, _EXACT_POLYNOMIAL),
@@ -58,14 +59,16 @@ RULES = (
 
 CPU: measured from 16 x 16 to 1024 x 8192 (benchmarks/orthogonality.py); the rational form is the
 fastest at its accuracy, or within a tenth of it. Others: counted, not measured; what will measure
-them is benchmarks/accelerator.py.
+them is benchmarks/accelerator.py. TPU: at the precision that the Gram form needs, a product takes
+six times as long there, and seconds to compile; the iteration itself needs no more than the default
+precision (products of bfloat16 factors leave singular values within the same bounds).
 """
 
 
 def polar(x: jax.Array, accuracy: Literal["fast", "exact"] = "fast") -> jax.Array:
     """Approximates the orthogonal polar factor by the fastest method for shape, dtype and platform.
 
-    On CPU that is `zolotarev`; elsewhere `newton_schulz` or, for long matrices,
+    On CPU that is `zolotarev`; elsewhere `newton_schulz` or, for long matrices on GPU,
     `gram_newton_schulz`, matrix products alone. The platform is the one that a program is compiled
     for, wherever it is traced; meshes change nothing. Vectors (a side of 1) are divided by their
     norm. To name the method: `orthax.orthogonalize(newton_schulz)`.

@@ -44,7 +44,8 @@ def gram_newton_schulz(
     Q once at the end: two long products in all instead of two per step.
 
     Use it in float32: its rounding grows with the steps, and is held in check by restarts, each
-    two long products more. In bfloat16 nearly every step needs one, which leaves no gain.
+    two long products more. In bfloat16 nearly every step needs one, which leaves no gain. Nor is
+    there one on TPU, where precise products take several passes, and minutes to compile.
     Reference: Dao AI Lab, Gram Newton-Schulz, 2026,
     <https://github.com/Dao-AILab/gram-newton-schulz>.
 

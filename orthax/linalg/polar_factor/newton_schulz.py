@@ -104,12 +104,27 @@ def _iterated(
     first: jax.Array | None = None  # the Gram matrix of the first step, if a prescale has formed it
     if prescale != "frobenius":
         y, first = _rescaled(y, gram(y, precision), prescale)
-    for a, b, c in table:
+
+    def step(y: jax.Array, row: Any, r: jax.Array) -> jax.Array:
         # Y <- a Y + (b R + c R^2) Y: three products, of which only the first and the last are long.
-        r = gram(y, precision) if first is None else first
-        polynomial = b * r + c * symmetric_product(r, r, precision) if c else b * r
-        y = a * y + jnp.matmul(polynomial, y, precision=precision)
-        first = None
+        a, b, c = row
+        cubic = isinstance(c, float) and c == 0
+        polynomial = b * r if cubic else b * r + c * symmetric_product(r, r, precision)
+        return a * y + jnp.matmul(polynomial, y, precision=precision)
+
+    def unrolled(y: jax.Array) -> jax.Array:
+        for row in table[1:]:
+            y = step(y, row, gram(y, precision))
+        return y
+
+    def looped(y: jax.Array) -> jax.Array:
+        rows = jnp.asarray(table[1:]).astype(y.dtype)
+        return lax.scan(lambda y, row: (step(y, row, gram(y, precision)), None), y, rows)[0]
+
+    y = step(y, table[0], gram(y, precision) if first is None else first)
+    # On TPU a float32 product at "highest" takes seconds to compile, each one anew: so few of them.
+    few = looped if precision is not None and len(table) > 2 else unrolled
+    y = by_platform({"tpu": few}, unrolled)(y)
     return (y.mT if tall else y).astype(x.dtype)
 
 
