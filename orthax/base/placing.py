@@ -1,5 +1,6 @@
 """Putting arrays where others lie: results, copies, the zeros that a state starts with."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthax.base.leaves import explicit_sharding, on_auto_axes, spec_of, vary_as
@@ -37,13 +39,18 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_sharding)
 
 
+_groups = itertools.count()
+
+
 def alike(x: Any, like: Any) -> Any:
     """An array that the compiler lays out as it does another, on Auto axes where it decides."""
     traced = isinstance(x, Tracer) and isinstance(like, Tracer) and x.shape == like.shape
     # Inside a user's `jax.shard_map` over other axes the compiler would abort.
     if not traced or jax.sharding.get_abstract_mesh().manual_axes or not on_auto_axes(like):
         return x
-    return shard_alike(x, like)[0]
+    # JAX lowers equal calls once, and all pairs would be one group: each is marked as another.
+    with set_xla_metadata(orthax_group=next(_groups)):
+        return shard_alike(x, like)[0]
 
 
 def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:
