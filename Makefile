@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-BENCHMARKS := $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/record.py benchmarks/hlo.py,$(wildcard benchmarks/*.py))
 
 EXAMPLES := gpt.py gpt_compare.py finetune_low_rank.py compatible_representations.py orthogonal_cnn.py
 

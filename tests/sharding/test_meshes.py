@@ -10,6 +10,7 @@ import oracles
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import arrays, assert_close, assert_sharded_alike, map_leaves, normal_tree, put
 from optax.contrib import MuonDimensionNumbers
 
 import orthax
@@ -118,48 +119,10 @@ LAYOUTS |= {name: MATRICES for name in TRANSFORMS if name.startswith("orthogonal
 TOLERANCE = 1e-5  # of the largest entry of a leaf: sums over shards are taken in another order
 
 
-def map_leaves(function, layout, *trees):
-    return jax.tree.map(
-        function, layout, *trees, is_leaf=lambda x: isinstance(x, tuple) and type(x[1]) is P
-    )
-
-
-def normal_tree(layout, seed):
-    rng = np.random.default_rng(seed)
-    return map_leaves(lambda leaf: rng.standard_normal(leaf[0]).astype(np.float32), layout)
-
-
-def put(mesh, layout, tree):
-    return map_leaves(lambda leaf, x: jax.device_put(x, NamedSharding(mesh, leaf[1])), layout, tree)
-
-
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
     assert jax.device_count() == 8, "run `pytest tests/sharding` by itself"
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(request.param,) * 2)
-
-
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        x, y = oracles.float64(x), oracles.float64(y)
-        assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), jax.tree_util.keystr(path)
-
-
-def assert_sharded_alike(actual, expected):
-    """Every array of one tree lies as in the other; on Explicit axes its type says so too."""
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        where = (jax.tree_util.keystr(path), x.sharding, y.sharding)
-        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), where
-        assert jax.typeof(x).sharding == jax.typeof(y).sharding, where
-
-
-def arrays(state):
-    """Leaves but the counters, which start on one device and follow the params from then on."""
-    return [x for x in jax.tree.leaves(state) if x.ndim]
 
 
 @functools.cache
@@ -183,7 +146,7 @@ def check(name, mesh):
     shardings = jax.tree.map(lambda x: x.sharding, params)
     options = {"out_shardings": (shardings, None)} if gathered else {}
     updates, new_state = jax.jit(transformation.update, **options)(g, state, params)
-    assert_close(updates, expected)
+    assert_close(updates, expected, TOLERANCE)
     assert_sharded_alike(updates, params)
     if not gathered:
         assert_sharded_alike(arrays(new_state), arrays(state))
@@ -231,7 +194,7 @@ def test_without_jit_updates_are_the_same(mesh):
     params, g = put(mesh, layout, params), put(mesh, layout, g)
     with jax.set_mesh(mesh):
         updates, _ = optimizer.update(g, optimizer.init(params))
-    assert_close(updates, expected)
+    assert_close(updates, expected, TOLERANCE)
     assert_sharded_alike(updates, params)
 
 
