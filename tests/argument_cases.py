@@ -385,6 +385,12 @@ MEMORY = penalties.warm_spectral_restricted_isometry()
 NO_FUNCTIONS = penalties.WithMemory(3, None)
 
 
+def shardings() -> Argument:
+    """How leaves lie on a mesh; what a tree of them holds is looked at when leaves come."""
+    bad = wrong(True, 3, 1.0, "x", says=("must be None, False, a tree of shardings", "function"))
+    return Argument(bad, (None, False, lambda params: None))
+
+
 # --- the calls
 
 
@@ -408,6 +414,8 @@ def optimizer(function: Any, **own: Argument) -> Call:
         "basis": choice(*BASES),
         "ranking": choice("l1", "l2"),
         "update_every": integer(),
+        "sharding": shardings(),
+        "whole_every": integer(),
         **own,
     }
     names = inspect.signature(function).parameters
@@ -537,6 +545,7 @@ CALLS = (
         orthogonalize,
         method=function(),
         stack=flag(),
+        sharding=shardings(),
         options=Argument(
             (
                 Bad(
@@ -613,6 +622,7 @@ CALLS = (
         {"inner": optax.identity()},
         inner=transformation(),
         dimension_numbers=dimension_numbers(starting, every=True),
+        sharding=shardings(),
     ),
     call(
         "partition_matrices",
@@ -621,6 +631,7 @@ CALLS = (
         matrices=transformation(or_function=True).but(good=[lambda leaves: optax.identity()]),
         rest=transformation(or_function=True).but(good=[lambda leaves: optax.identity()]),
         dimension_numbers=dimension_numbers(starting),
+        sharding=shardings(),
     ),
     call(
         "explain",

@@ -182,6 +182,8 @@ def run_whole(
     readings: Sequence[Reading],
     given: Sequence[Any],
     call: str | None = None,
+    *,
+    travel: bool = True,
 ) -> tuple[optax.Updates, Any] | None:
     """All steps, each device on whole matrices of its own; None where there is nothing to move.
 
@@ -193,6 +195,7 @@ def run_whole(
       readings: How each leaf of `updates` is read as matrices.
       given: The sharding of each where its type does not tell, or None.
       call: The user's, for errors.
+      travel: Whether matrices do; otherwise each device takes its pieces for matrices.
     """
     leaves, structure = jax.tree.flatten(updates)
     mesh = one_mesh(leaves, given) if made.whole else None
@@ -200,7 +203,13 @@ def run_whole(
         return None
     keyed = jax.tree_util.tree_leaves_with_path(updates)
     paths = [path_text(keys) for keys, _ in keyed]
-    entries = entries_of(call or made.steps[0].call, paths, leaves, given, mesh)
+    call = call or made.steps[0].call
+    entries = entries_of(call, paths, leaves, given, mesh)
+    if entries is None and not travel:
+        raise ValueError(
+            f"{call}: whole_every needs to know how leaves are cut: on Auto axes of a mesh pass "
+            "sharding=, such as jax.tree.map(lambda x: x.sharding, params)."
+        )
     widths = [len(step.state_type._fields) if step.state_type else 0 for step in made.steps]
     traced = [isinstance(n, jax.Array) for step in made.steps for n in step.numbers]
 
@@ -233,7 +242,9 @@ def run_whole(
     if entries is None:
         found = on_owners_by_constraints(inside, numbers, mesh, leaves, readings, columns, weights)
     else:
-        found = on_owners(inside, numbers, mesh, leaves, readings, entries, columns, weights)
+        found = on_owners(
+            inside, numbers, mesh, leaves, readings, entries, columns, weights, travel=travel
+        )
     results, columns = found
     results = [alike(x, like) for x, like in zip(results, leaves, strict=True)]
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))

@@ -76,6 +76,8 @@ def on_owners(
     entries: Sequence[Entries],
     columns: Sequence[Sequence[Any]],
     params: Sequence[jax.Array] | None,
+    *,
+    travel: bool = True,
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     """Updates of leaves of a mesh, each device on whole matrices of its own.
 
@@ -89,6 +91,8 @@ def on_owners(
       entries: How each is cut. What is not so costs time, and changes no value.
       columns: What the state holds for each leaf: beside what it opens to.
       params: In their own shape, if `run` needs them.
+      travel: Whether matrices do. Otherwise each device takes its piece of a matrix for one, and
+        nothing is sent; what the state holds must then be nothing.
 
     Returns:
       Updates and columns, laid out as what came.
@@ -106,6 +110,24 @@ def on_owners(
         places.append((own, beside, None if params is None else own))
     groups = _groups(rows, places, readings, sizes)
     routes = [group.routes for group in groups]
+
+    def on_pieces(numbers: Any, rows: list[Any]) -> list[Any]:
+        """On one device, of which each piece is a matrix."""
+        readers = [
+            reading.of_stack(place.apart(x.shape)[1])
+            for (x, *_), (place, *_), reading in zip(rows, alone, readings, strict=True)
+        ]
+        stacks = [place.stacked(x) for (x, *_), (place, *_) in zip(rows, alone, strict=True)]
+        opened = [reader.opened(x) for reader, x in zip(readers, stacks, strict=True)]
+        updates, _ = run(numbers, opened, [], None)
+        closed = [reader.closed(y) for reader, y in zip(readers, updates, strict=True)]
+        return [
+            (place.unstacked(y, x.shape), [])
+            for y, (x, *_), (place, *_) in zip(closed, rows, alone, strict=True)
+        ]
+
+    # Opened after they are stacks, however they are cut.
+    alone = [(dataclasses.replace(own, opens=None), *rest) for own, *rest in places]
 
     def inside(numbers: Any, rows: list[Any]) -> list[Any]:
         """On one device, whose pieces of the leaves are the rows."""
@@ -137,7 +159,7 @@ def on_owners(
 
     specs = jax.tree.map(lambda place: place.spec, places)
     everywhere = jax.shard_map(
-        inside,
+        inside if travel else on_pieces,
         mesh=mesh,
         in_specs=(PartitionSpec(), specs),
         out_specs=[row[:2] for row in specs],

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from orthax.base.block_periodic import BlockPeriodic, run_block_periodic
 from orthax.base.each_matrix import EachMatrix, run_whole
 from orthax.matrices.view import MatrixView, PackedView, close_view, open_view
 
@@ -39,7 +40,7 @@ def shown_matrices(
         leaf.sharding is False for leaf in jax.tree.leaves(decided)
     ):
         inner = inner.staying()
-    travelling = inner if isinstance(inner, EachMatrix) and inner.whole else None
+    travelling = inner if isinstance(inner, EachMatrix | BlockPeriodic) else None
     inner = optax.with_extra_args_support(inner)
 
     def masked(x: Any) -> bool:
@@ -75,6 +76,8 @@ def shown_matrices(
         )
         leaves = jax.tree.leaves(present)
         views, given = [leaf.view for leaf in leaves], [leaf.sharding for leaf in leaves]
+        if isinstance(travelling, BlockPeriodic):
+            return run_block_periodic(travelling, updates, state, params, views, given, call)
         return run_whole(travelling, updates, state, params, views, given, call)
 
     def init(params: optax.Params) -> optax.OptState:

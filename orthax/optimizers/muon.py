@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax.base import check
+from orthax.base.block_periodic import block_periodic
 from orthax.base.each_matrix import chain
 from orthax.matrices.partition import DecidedLeaves, partition
 from orthax.optimizers.parts import (
@@ -32,6 +33,7 @@ def muon(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
     sharding: Any = None,
+    whole_every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon, called as `optax.adamw(learning_rate)` is.
 
@@ -69,6 +71,9 @@ def muon(
         read from their types or, on Auto axes under `jax.jit`, left to the compiler. A tree of
         shardings like the params, such as `jax.tree.map(lambda x: x.sharding, params)`, or a
         function of params to one, tells it there; see `orthax.orthogonalize`. False: nothing moves.
+      whole_every: Of so many updates one is of whole matrices, which travel; at the others each
+        device orthogonalises and scales its piece alone and sends nothing (MuonBP). 1: all are of
+        whole matrices, and equal on any mesh. More needs Explicit axes or `sharding`.
 
     Returns:
       The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
@@ -97,6 +102,8 @@ def muon(
     check.transformation("muon: shape_scale", shape_scale)
     trace = momentum_step("muon", momentum, nesterov, mu_dtype)
     direction = chain(orthogonalizer, shape_scale)  # of matrices
+    if check.integer("muon: whole_every", whole_every) > 1:
+        direction = block_periodic("muon", direction, whole_every)
     adam = adam_step(mu_dtype)
     decay = decay_step("muon", weight_decay)
     rate = rate_step("muon", learning_rate)
