@@ -165,7 +165,6 @@ def test_a_job_goes_on_from_its_checkpoint_in_one_process(folder, alone):
     assert_same_losses(log, alone[0], log)
 
 
-@pytest.mark.xfail(reason="`polar` takes another method on a mesh than on one CPU device")
 def test_a_mesh_has_the_losses_of_one_device(folder, alone):
     log = read_log(folder / "one_device.csv")
     assert_same_losses(alone[0], log, log)
