@@ -43,8 +43,9 @@ def muon(
     `orthax.explain(params)` shows which.
 
     Args:
-      learning_rate: Number or schedule. Of AdamW's best value try 1, 3 and 10 times with the
-        default shape scale.
+      learning_rate: Number or schedule. Of AdamW's best value try a quarter, 1 and 4 times: best
+        were 4 times for GPTs, 1 for a ViT, 1/8 for a small MLP and CNN
+        (benchmarks/learning_rates.py).
       momentum: A number in [0, 1) for `optax.trace`, or a transformation taken as it is.
       nesterov: Whether a number `momentum` looks ahead, as Keller Jordan's code does.
       weight_decay: Decoupled decay, multiplied by the learning rate: a number, a schedule, or a

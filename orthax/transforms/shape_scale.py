@@ -53,10 +53,10 @@ def scale_by_adam_rms(
     r"""Scales a direction of known norm so that its entries have about the RMS of Adam's updates.
 
     The factor is :math:`r \sqrt{\max(\text{fan\_in}, \text{fan\_out})}` for an orthogonal direction
-    and :math:`r \sqrt{\text{fan\_in} \, \text{fan\_out}}` for one of unit Frobenius norm. AdamW's
-    learning rates and weight decay then carry over. The norm is taken for granted, not measured: a
-    direction of rank k below full has RMS :math:`r \sqrt{k / \min(\text{fan\_in},
-    \text{fan\_out})}`; see `scale_to_rms`.
+    and :math:`r \sqrt{\text{fan\_in} \, \text{fan\_out}}` for one of unit Frobenius norm. Steps
+    are then as large as AdamW's at the same rate; the best rate may be another (see `orthax.muon`).
+    The norm is taken for granted, not measured: a direction of rank k below full has RMS :math:`r
+    \sqrt{k / \min(\text{fan\_in}, \text{fan\_out})}`; see `scale_to_rms`.
     Reference: Liu et al., Muon is Scalable for LLM Training, 2025,
     <https://arxiv.org/abs/2502.16982>, Lemma 1.
 
