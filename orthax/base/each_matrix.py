@@ -83,6 +83,13 @@ class EachMatrix(optax.GradientTransformation):
         """Whether matrices of a mesh travel to one device each."""
         return any(step.whole for step in self.steps)
 
+    def may_travel(self, updates: optax.Updates) -> bool:
+        """Whether a leaf lies on a mesh, or may for all that its type says."""
+        if not self.whole:
+            return False
+        meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates))
+        return self.sharding is not None or any(not mesh.empty for mesh in meshes)
+
     def staying(self) -> "EachMatrix":
         """The same where nothing travels."""
         steps = tuple(dataclasses.replace(step, whole=False) for step in self.steps)
@@ -149,7 +156,7 @@ def _transformation(steps: tuple[Step, ...], *, is_chain: bool, sharding: Any = 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        if made.whole:
+        if made.may_travel(updates):
             check_matrix_leaves(steps[0].call, updates)
             readings = [AsItIs(tuple(range(x.ndim - 2))) for x in jax.tree.leaves(updates)]
             given = shardings_of(steps[0].call, sharding, updates)
@@ -246,6 +253,6 @@ def run_whole(
             inside, numbers, mesh, leaves, readings, entries, columns, weights, travel=travel
         )
     results, columns = found
-    results = [alike(x, like) for x, like in zip(results, leaves, strict=True)]
+    results = alike(results, leaves)
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
     return structure.unflatten(results), after if made.is_chain else after[0]

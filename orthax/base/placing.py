@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from orthax.base.leaves import explicit_sharding, on_auto_axes, spec_of, vary_as
+from orthax.base.leaves import explicit_sharding, spec_of, vary_as
 
 
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:
@@ -42,15 +43,26 @@ def laid_out(fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
 _groups = itertools.count()
 
 
-def alike(x: Any, like: Any) -> Any:
-    """An array that the compiler lays out as it does another, on Auto axes where it decides."""
-    traced = isinstance(x, Tracer) and isinstance(like, Tracer) and x.shape == like.shape
+def alike(tree: Any, like: Any) -> Any:
+    """Arrays that the compiler lays out as others, on Auto axes, where it decides.
+
+    What is None or masked in the first tree stays so.
+    """
+
+    def beside(x: Any, other: Any) -> Any:
+        if not (isinstance(x, Tracer) and isinstance(other, Tracer) and x.shape == other.shape):
+            return x
+        if AxisType.Auto not in jax.typeof(other).sharding.mesh.axis_types:
+            return x
+        # JAX lowers equal calls once, and all pairs would be one group: each is marked as another.
+        with set_xla_metadata(orthax_group=next(_groups)):
+            return shard_alike(x, other)[0]
+
     # Inside a user's `jax.shard_map` over other axes the compiler would abort.
-    if not traced or jax.sharding.get_abstract_mesh().manual_axes or not on_auto_axes(like):
-        return x
-    # JAX lowers equal calls once, and all pairs would be one group: each is marked as another.
-    with set_xla_metadata(orthax_group=next(_groups)):
-        return shard_alike(x, like)[0]
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    absent = (type(None), optax.MaskedNode)
+    return jax.tree.map(beside, tree, like, is_leaf=lambda x: isinstance(x, absent))
 
 
 def cond(which: jax.Array, *branches: Callable[[], Any]) -> Any:

@@ -219,9 +219,9 @@ def _beside_what_came(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         results, new = inner.update(updates, state, params, **extra)
-        results = jax.tree.map(alike, results, updates if params is None else params)
+        results = alike(results, updates if params is None else params)
         if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
-            new = jax.tree.map(alike, new, state)
+            new = alike(new, state)
         return results, new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

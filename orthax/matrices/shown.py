@@ -75,6 +75,9 @@ def shown_matrices(
             lambda x, leaf: x if masked(x) else leaf, updates, decided, is_leaf=masked
         )
         leaves = jax.tree.leaves(present)
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)]
+        if all(mesh.empty for mesh in meshes) and not any(leaf.sharding for leaf in leaves):
+            return None
         views, given = [leaf.view for leaf in leaves], [leaf.sharding for leaf in leaves]
         if isinstance(travelling, BlockPeriodic):
             return run_block_periodic(travelling, updates, state, params, views, given, call)
