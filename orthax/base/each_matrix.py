@@ -18,8 +18,9 @@ from orthax.base.leaves import check_matrix_leaves, check_params, path_text
 from orthax.base.placing import alike
 from orthax.base.reading import AsItIs, Reading
 from orthax.base.stacks import ALL, NONE, SMALL, columns_of, map_matrices
-from orthax.base.whole_matrices import entries_of, on_owners, one_mesh
+from orthax.base.whole_matrices import entries_of, on_pieces, one_mesh
 from orthax.base.whole_on_auto import on_owners_by_constraints
+from orthax.base.whole_on_subsets import on_owners_or_subsets
 
 __all__ = ["ALL", "NONE", "SMALL", "EachMatrix", "chain", "each_matrix"]
 
@@ -248,10 +249,12 @@ def run_whole(
     weights = structure.flatten_up_to(params) if made.needs_params else None
     if entries is None:
         found = on_owners_by_constraints(inside, numbers, mesh, leaves, readings, columns, weights)
-    else:
-        found = on_owners(
-            inside, numbers, mesh, leaves, readings, entries, columns, weights, travel=travel
+    elif travel:
+        found = on_owners_or_subsets(
+            inside, numbers, mesh, leaves, readings, entries, columns, weights
         )
+    else:
+        found = on_pieces(inside, numbers, mesh, leaves, readings, entries)
     results, columns = found
     results = alike(results, leaves)
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))

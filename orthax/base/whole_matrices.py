@@ -13,29 +13,18 @@ What the state holds of a leaf travels with it, and is kept beside the leaf: a c
 know the mesh.
 """
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from orthax.base.exchange import Cuts, Route, bring, send
+from orthax.base.exchange import bring, send
 from orthax.base.given_shardings import mesh_of, spec_entries
+from orthax.base.groups import cuts_of, free_axes, prepared
 from orthax.base.leaves import explicit_sharding, spec_of
-from orthax.base.reading import AsItIs, Entries, Place, Reading
-
-
-def free_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh along which work can be divided: none inside a user's `jax.shard_map`."""
-    if AxisType.Manual in mesh.axis_types:
-        return ()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, strict=True)
-    return tuple(name for name, size in axes if size > 1)
+from orthax.base.reading import Entries, Place, Reading
 
 
 def one_mesh(leaves: Sequence[jax.Array], given: Sequence[Any]) -> Any:
@@ -76,8 +65,6 @@ def on_owners(
     entries: Sequence[Entries],
     columns: Sequence[Sequence[Any]],
     params: Sequence[jax.Array] | None,
-    *,
-    travel: bool = True,
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     """Updates of leaves of a mesh, each device on whole matrices of its own.
 
@@ -91,47 +78,18 @@ def on_owners(
       entries: How each is cut. What is not so costs time, and changes no value.
       columns: What the state holds for each leaf: beside what it opens to.
       params: In their own shape, if `run` needs them.
-      travel: Whether matrices do. Otherwise each device takes its piece of a matrix for one, and
-        nothing is sent; what the state holds must then be nothing.
 
     Returns:
       Updates and columns, laid out as what came.
     """
-    sizes = {a: dict(mesh.shape)[a] for a in free_axes(mesh)}
-    rows, places = [], []
-    for i, (x, reading, cut) in enumerate(zip(leaves, readings, entries, strict=True)):
-        cuts = cuts_of(cut, sizes)
-        opens = None if reading.opened_cuts(cuts) is None else reading
-        own = Place(cuts, reading.batch_axes, opens)
-        kept = [column[i] for column in columns]
-        spec = reading.opened_spec(cut)
-        beside = [jax.tree.map(lambda x, s: _beside(x, s, sizes), part, spec) for part in kept]
-        rows.append((x, kept, None if params is None else params[i]))
-        places.append((own, beside, None if params is None else own))
-    groups = _groups(rows, places, readings, sizes)
+    rows, places, groups, sizes = prepared(mesh, leaves, readings, entries, columns, params)
     routes = [group.routes for group in groups]
-
-    def on_pieces(numbers: Any, rows: list[Any]) -> list[Any]:
-        """On one device, of which each piece is a matrix."""
-        readers = [
-            reading.of_stack(place.apart(x.shape)[1])
-            for (x, *_), (place, *_), reading in zip(rows, alone, readings, strict=True)
-        ]
-        stacks = [place.stacked(x) for (x, *_), (place, *_) in zip(rows, alone, strict=True)]
-        opened = [reader.opened(x) for reader, x in zip(readers, stacks, strict=True)]
-        updates, _ = run(numbers, opened, [], None)
-        closed = [reader.closed(y) for reader, y in zip(readers, updates, strict=True)]
-        return [
-            (place.unstacked(y, x.shape), [])
-            for y, (x, *_), (place, *_) in zip(closed, rows, alone, strict=True)
-        ]
-
-    # Opened after they are stacks, however they are cut.
-    alone = [(dataclasses.replace(own, opens=None), *rest) for own, *rest in places]
 
     def inside(numbers: Any, rows: list[Any]) -> list[Any]:
         """On one device, whose pieces of the leaves are the rows."""
-        flat, structure = jax.tree.flatten([group.stacks(rows) for group in groups])
+        of = [[rows[i] for i in group.members] for group in groups]
+        stacks = [group.stacks(members) for group, members in zip(groups, of, strict=True)]
+        flat, structure = jax.tree.flatten(stacks)
         owned = structure.unflatten(bring(flat, jax.tree.leaves(routes), sizes))
 
         gradients = [group.reading.opened(g) for group, (g, *_) in zip(groups, owned, strict=True)]
@@ -149,17 +107,23 @@ def on_owners(
         ]
         flat, structure = jax.tree.flatten(results)
         back = [jax.tree.leaves(route[:2]) for route in routes]
-        counts = [n for g, r in zip(groups, back, strict=True) for n in [g.count(rows)] * len(r)]
-        stacks = structure.unflatten(send(flat, counts, [r for of in back for r in of], sizes))
+        counts = [
+            count
+            for group, members, route in zip(groups, of, back, strict=True)
+            for count in [group.count(members)] * len(route)
+        ]
+        stacks = structure.unflatten(
+            send(flat, counts, [r for route in back for r in route], sizes)
+        )
         found = list(rows)
-        for group, stack in zip(groups, stacks, strict=True):
-            for i, row in zip(group.members, group.rows(stack, rows), strict=True):
+        for group, members, stack in zip(groups, of, stacks, strict=True):
+            for i, row in zip(group.members, group.rows(stack, members), strict=True):
                 found[i] = row
         return found
 
     specs = jax.tree.map(lambda place: place.spec, places)
     everywhere = jax.shard_map(
-        inside if travel else on_pieces,
+        inside,
         mesh=mesh,
         in_specs=(PartitionSpec(), specs),
         out_specs=[row[:2] for row in specs],
@@ -169,102 +133,39 @@ def on_owners(
     return [x for x, _ in found], [[kept[c] for _, kept in found] for c in range(len(columns))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """Leaves that share a stack: of equal matrices, cut and read in the same way.
+def on_pieces(
+    run: Callable[..., Any],
+    numbers: Any,
+    mesh: Any,
+    leaves: Sequence[jax.Array],
+    readings: Sequence[Reading],
+    entries: Sequence[Entries],
+) -> tuple[list[jax.Array], list[list[Any]]]:
+    """As `on_owners` without a state, but each device takes its piece of a matrix for one.
 
-    Attributes:
-      members: Their positions.
-      places: For each those of its gradient, of what the state holds, and of its params.
-      reading: Of the stack.
-      owners: Mesh axes whose devices share the matrices.
+    Nothing is sent.
     """
+    sizes = {a: dict(mesh.shape)[a] for a in free_axes(mesh)}
+    places = [
+        Place(cuts_of(cut, sizes), reading.batch_axes)
+        for cut, reading in zip(entries, readings, strict=True)
+    ]
 
-    members: list[int]
-    places: list[Any]
-    reading: Reading
-    owners: tuple[str, ...]
-
-    @property
-    def routes(self) -> Any:
-        """How the stacks of gradient, state and params travel."""
-        gradient, kept, param = self.places[0]
-        routes = jax.tree.map(lambda place: Route(place.cuts, self.owners), (gradient, param))
-        # What the state holds beside a matrix is a number for each row or column.
-        small = jax.tree.map(lambda place: Route(place.cuts, self.owners, small=True), kept)
-        return routes[0], small, routes[1]
-
-    def stacks(self, rows: list[Any]) -> Any:
-        """What a device has of gradient, state and params of all members."""
-        stacked = [
-            jax.tree.map(lambda x, place: place.stacked(x), rows[i], where)
-            for i, where in zip(self.members, self.places, strict=True)
+    def inside(numbers: Any, leaves: list[jax.Array]) -> list[jax.Array]:
+        readers = [
+            reading.of_stack(place.apart(x.shape)[1])
+            for x, place, reading in zip(leaves, places, readings, strict=True)
         ]
-
-        def joined(*xs: jax.Array) -> jax.Array:
-            return xs[0] if len(xs) == 1 else jnp.concatenate(xs)
-
-        return jax.tree.map(joined, *stacked)
-
-    def count(self, rows: list[Any]) -> int:
-        """The number of matrices of which a device has something."""
-        return sum(self._counts(rows))
-
-    def rows(self, stacks: Any, rows: list[Any]) -> list[Any]:
-        """Undoes `stacks`, for gradient and state of each member."""
-        counts = self._counts(rows)
-        ends = itertools.accumulate(counts)
-        found = []
-        for i, where, count, end in zip(self.members, self.places, counts, ends, strict=True):
-
-            def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
-                return place.unstacked(stack[start:end], x.shape)
-
-            found.append(jax.tree.map(part, rows[i][:2], where[:2], stacks))
-        return found
-
-    def _counts(self, rows: list[Any]) -> list[int]:
-        shapes = [rows[i][0].shape for i in self.members]
+        stacks = [place.stacked(x) for x, place in zip(leaves, places, strict=True)]
+        opened = [reader.opened(x) for reader, x in zip(readers, stacks, strict=True)]
+        updates, _ = run(numbers, opened, [], None)
+        closed = [reader.closed(y) for reader, y in zip(readers, updates, strict=True)]
         return [
-            math.prod(place.apart(shape)[0])
-            for shape, (place, *_) in zip(shapes, self.places, strict=True)
+            place.unstacked(y, x.shape) for y, x, place in zip(closed, leaves, places, strict=True)
         ]
 
-
-def _groups(
-    rows: list[Any], places: list[Any], readings: Sequence[Reading], sizes: Mapping[str, int]
-) -> list[_Group]:
-    found: dict[Any, list[int]] = {}
-    for i, (row, where) in enumerate(zip(rows, places, strict=True)):
-        arrays, structure = jax.tree.flatten(row)
-        own: Place = where[0]
-        _, rest = own.apart(row[0].shape)
-        reading = readings[i].of_stack(rest)
-        if own.opens is not None:
-            matrix = jax.eval_shape(
-                reading.opened, jax.ShapeDtypeStruct((1, *rest), arrays[0].dtype)
-            )
-            rest, reading = matrix.shape[1:], AsItIs((0,))
-        cuts = tuple(place.cuts for place in jax.tree.leaves(where))
-        dtypes = tuple(x.dtype for x in arrays)
-        key = (structure, dtypes, cuts, rest, reading, own.batch_cuts)
-        found.setdefault(key, []).append(i)
-    groups = []
-    for (*_, reading, batch_cuts), members in found.items():
-        owners = tuple(a for a in sizes if a not in batch_cuts)
-        groups.append(_Group(members, [places[i] for i in members], reading, owners))
-    return groups
-
-
-def cuts_of(entries: Entries, sizes: Mapping[str, int]) -> Cuts:
-    """For each axis the mesh axes that cut it, of those with a size here."""
-    names = (() if e is None else e if isinstance(e, tuple) else (e,) for e in entries)
-    return tuple(tuple(name for name in entry if name in sizes) for entry in names)
-
-
-def _beside(x: jax.Array, spec: PartitionSpec, sizes: Mapping[str, int]) -> Place:
-    """Of an array that the state holds: its own, or that of the matrices where it is as long."""
-    known = explicit_sharding(x)
-    entries = spec_of(known, x.ndim) if known else tuple(spec)
-    cut = tuple(None if size == 1 else e for size, e in zip(x.shape, entries, strict=True))
-    return Place(cuts_of(cut, sizes), tuple(range(x.ndim - 2)))
+    specs = [place.spec for place in places]
+    everywhere = jax.shard_map(
+        inside, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=specs, check_vma=False
+    )
+    return everywhere(numbers, list(leaves)), []

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from orthax.base.groups import free_axes
 from orthax.base.placing import alike
 from orthax.base.reading import Place, Reading
-from orthax.base.whole_matrices import free_axes
 
 OPEN = PartitionSpec.UNCONSTRAINED
 
