@@ -178,12 +178,12 @@ class Case:
         except Exception as error:  # optax on Explicit axes
             failed = f"raises {type(error).__name__}"
             return row | dict.fromkeys(COUNTED, "") | {"collectives": failed}
-        counts = hlo.counted(compiled.as_text(), DEVICES)
+        counts = hlo.counted(compiled.as_text() or "", DEVICES)
         row |= {
             "collectives": str(counts),
             "wire (MB)": round(counts.wire / 1e6, 2),
             "products (GFLOP)": round(counts.dots / 1e9, 3),
-            "memory (MB)": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "memory (MB)": temporary(compiled),
             "compiled (s)": round(time.perf_counter() - started, 1),
         }
         row |= {"difference": "", "moved": ""}
@@ -205,6 +205,12 @@ COUNTED = (
     "difference",
     "moved",
 )
+
+
+def temporary(compiled: jax.stages.Compiled) -> float:
+    """MB that a device needs beside arguments and results."""
+    memory = compiled.memory_analysis()
+    return round(getattr(memory, "temp_size_in_bytes", 0) / 1e6, 1)
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -380,17 +386,18 @@ def for_tpu() -> list[dict[str, Any]]:
             )
             lowered = jax.jit(tx.update).trace(leaves, state, leaves)
             compiled = lowered.lower(lowering_platforms=("tpu",)).compile()
-            text = compiled.as_text()
+            text = compiled.as_text() or ""
+            counts = hlo.counted(text, count)
             seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", -1)
             rows.append(
                 {
                     "optimizer": optimizer,
                     "axes": kind,
                     "v5e devices": count,
-                    "collectives": str(hlo.counted(text, count)),
-                    "wire (MB)": round(hlo.counted(text, count).wire / 1e6, 2),
+                    "collectives": str(counts),
+                    "wire (MB)": round(counts.wire / 1e6, 2),
                     "XLA's estimate (us)": round(1e6 * seconds, 1) if seconds >= 0 else "",
-                    "memory (MB)": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+                    "memory (MB)": temporary(compiled),
                     "HLO lines": text.count("\n"),
                     "compiled (s)": round(time.perf_counter() - started, 1),
                 }

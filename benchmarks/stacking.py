@@ -16,7 +16,7 @@ import numpy as np
 import record
 import tyro
 
-from orthax.base.each_matrix import map_in_place
+from orthax.base.stacks import map_in_place
 from orthax.linalg import newton_schulz
 
 STACKS = (

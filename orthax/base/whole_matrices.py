@@ -158,10 +158,10 @@ class _Group:
     def routes(self) -> Any:
         """How the stacks of gradient, state and params travel."""
         gradient, kept, param = self.places[0]
-        routes = jax.tree.map(lambda place: Route(place.cuts, self.owners), (gradient, param))
+        large = lambda place: Route(place.cuts, self.owners)  # noqa: E731
         # What the state holds beside a matrix is a number for each row or column.
         small = jax.tree.map(lambda place: Route(place.cuts, self.owners, small=True), kept)
-        return routes[0], small, routes[1]
+        return large(gradient), small, None if param is None else large(param)
 
     def stacks(self, rows: list[Any]) -> Any:
         """What a device has of gradient, state and params of all members."""
@@ -169,7 +169,7 @@ class _Group:
             jax.tree.map(lambda x, place: place.stacked(x), rows[i], where)
             for i, where in zip(self.members, self.places, strict=True)
         ]
-        return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *stacked)
+        return jax.tree.map(lambda x, *xs: jnp.concatenate([x, *xs]) if xs else x, *stacked)
 
     def count(self, rows: list[Any]) -> int:
         """The number of matrices of which a device has something."""
@@ -230,6 +230,6 @@ def cuts_of(entries: Entries, sizes: Mapping[str, int]) -> Cuts:
 def _beside(x: jax.Array, spec: PartitionSpec, sizes: Mapping[str, int]) -> Place:
     """Of an array that the state holds: its own, or that of the matrices where it is as long."""
     known = explicit_sharding(x)
-    spec = spec_of(known, x.ndim) if known else tuple(spec)
-    cut = tuple(None if size == 1 else e for size, e in zip(x.shape, spec, strict=True))
+    entries = spec_of(known, x.ndim) if known else tuple(spec)
+    cut = tuple(None if size == 1 else e for size, e in zip(x.shape, entries, strict=True))
     return Place(cuts_of(cut, sizes), tuple(range(x.ndim - 2)))

@@ -216,8 +216,8 @@ def _shown_matrices(
     inner: optax.GradientTransformation, decided: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Shows `inner` the leaves of a tree as matrices; leaves that are masked away stay so."""
-    travels = isinstance(inner, EachMatrix) and inner.whole
-    per_matrix, inner = inner, optax.with_extra_args_support(inner)
+    travels = inner if isinstance(inner, EachMatrix) and inner.whole else None
+    inner = optax.with_extra_args_support(inner)
 
     def masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
@@ -249,12 +249,12 @@ def _shown_matrices(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        if travels:
+        if travels is not None:
             # On a mesh leaves are opened by the devices that own them: cut heads would be gathered.
             views = jax.tree.map(
                 lambda x, leaf: x if masked(x) else leaf.view, updates, decided, is_leaf=masked
             )
-            found = run_whole(per_matrix, updates, state, params, jax.tree.leaves(views))
+            found = run_whole(travels, updates, state, params, jax.tree.leaves(views))
             if found is not None:
                 return found
         opened_params = None if params is None else opened(params)
