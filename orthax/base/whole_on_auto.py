@@ -13,15 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
 
+from orthax.base.one_way import forward, laid_as
 from orthax.base.reading import Place, Reading
 from orthax.base.whole_matrices import free_axes
 
 OPEN = PartitionSpec.UNCONSTRAINED
-_PAIRS = itertools.count()
 
 
 def on_owners_by_constraints(
@@ -55,7 +53,9 @@ def on_owners_by_constraints(
     readers = [reading for *_, reading in groups]
 
     def stacked(members: list[int]) -> Any:
-        parts = [jax.tree.map(lambda x, p: p.stacked(x), rows[i], places[i]) for i in members]
+        parts = [
+            jax.tree.map(lambda x, p: p.stacked(forward(x)), rows[i], places[i]) for i in members
+        ]
         return jax.tree.map(lambda *xs: _to_owners(xs, mesh, axes), *parts)
 
     def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
@@ -91,7 +91,7 @@ def on_owners_by_constraints(
         for i, count, end in zip(members, counts, itertools.accumulate(counts), strict=True):
 
             def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
-                return _laid_as(x, place.unstacked(stack[start:end], x.shape))
+                return laid_as(x, place.unstacked(stack[start:end], x.shape))
 
             results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
     return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
@@ -127,10 +127,3 @@ def _stages(axes: tuple[str, ...]) -> list[tuple[str | None, ...]]:
 def _laid(x: jax.Array, mesh: Any, moved: tuple[str | None, ...], others: Any) -> jax.Array:
     spec = PartitionSpec(*moved, None, *(others for _ in x.shape[len(moved) + 1 :]))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def _laid_as(like: jax.Array, x: jax.Array) -> jax.Array:
-    # JAX lowers equal operations on equal shapes once, and all of them would be one group of arrays
-    # that lie alike. Metadata of its own makes each pair another operation.
-    with set_xla_metadata(pair=str(next(_PAIRS))):
-        return shard_alike(x, like)[0]
