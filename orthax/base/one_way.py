@@ -22,9 +22,14 @@ def forward(x: jax.Array) -> jax.Array:
     return _ONE_WAY.bind(x, to="FORWARD")
 
 
+def backward(x: jax.Array) -> jax.Array:
+    """`x`: how the result is cut decides how it is."""
+    return _ONE_WAY.bind(x, to="BACKWARD")
+
+
 def laid_as(like: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, which shall lie where `like` does, and lie so as far back as nothing else is said."""
-    x = _ONE_WAY.bind(x, to="BACKWARD")
+    x = backward(x)
     # JAX lowers equal operations on equal shapes once, and all of them would be one group of arrays
     # that lie alike. Metadata of its own makes each pair another operation.
     with set_xla_metadata(pair=str(next(_PAIRS))):

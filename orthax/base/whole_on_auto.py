@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orthax.base.one_way import forward, laid_as
+from orthax.base.one_way import backward, forward, laid_as
 from orthax.base.reading import Place, Reading
 from orthax.base.whole_matrices import free_axes
 
@@ -105,14 +105,14 @@ def _to_owners(parts: Sequence[jax.Array], mesh: Any, axes: tuple[str, ...]) -> 
     stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
     stack = stack.reshape(*counts, -1, *stack.shape[1:])
     for moved in _stages(axes):
-        stack = _laid(stack, mesh, moved, OPEN)
-    return _laid(stack, mesh, axes, None)
+        stack = _laid(forward(stack), mesh, moved, OPEN)
+    return _laid(forward(stack), mesh, axes, None)
 
 
 def _from_owners(stack: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
     stack = _laid(stack, mesh, axes, None)
     for moved in reversed(_stages(axes)):
-        stack = _laid(stack, mesh, moved, OPEN)
+        stack = _laid(backward(stack), mesh, moved, OPEN)
     return stack.reshape(-1, *stack.shape[len(axes) + 1 :])
 
 
@@ -121,7 +121,7 @@ def _stages(axes: tuple[str, ...]) -> list[tuple[str | None, ...]]:
 
     The minor one of two mesh axes that cut one axis moves first: then what stays lies in blocks.
     """
-    return [(*(None for _ in axes[:at]), *axes[at:]) for at in range(len(axes), 0, -1)]
+    return [(*(OPEN for _ in axes[:at]), *axes[at:]) for at in range(len(axes), 0, -1)]
 
 
 def _laid(x: jax.Array, mesh: Any, moved: tuple[str | None, ...], others: Any) -> jax.Array:
