@@ -349,11 +349,13 @@ def test_on_auto_axes_the_compiler_exchanges_once_for_each_mesh_axis(name):
     assert found.wire <= axes * 2 * BYTES / DEVICES
 
 
+@every_kind
 @pytest.mark.parametrize("name", ["muon", "normuon", "root"])
-def test_experts_on_devices_of_their_own_send_nothing(name):
-    layout = {"experts": ((2 * DEVICES, *SHAPE), P(("x", "y"), None, None))}
+def test_experts_on_devices_of_their_own_send_nothing(name, kind):
+    shape = (2 * DEVICES, *SHAPE)
+    layout = {x: (shape, P(("x", "y"), None, None)) for x in ("gate", "up")}
     optimizer = getattr(orthax, name)(0.1, orthogonalizer=QUICK, dimension_numbers=STACK)
-    assert counts_on(mesh_of("xy"), layout, optimizer).collectives == {}
+    assert counts_on(mesh_of("xy", kind), layout, optimizer).collectives == {}
 
 
 @every_kind
