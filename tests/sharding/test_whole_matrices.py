@@ -18,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import orthax
 from orthax.base.exchange import Route, bring, send
+from orthax.base.one_way import backward, forward
 from orthax.linalg import coefficients, newton_schulz
 
 DEVICES = 8
@@ -376,6 +377,15 @@ def test_fewer_matrices_than_devices_are_shared_as_well(kind):
     one = counts_on(None, {"0": (SHAPE, P())}, COUNTED["muon"])
     assert found.dots == one.dots
     assert sum(found.collectives.values()) <= 4
+
+
+def test_what_passes_layouts_one_way_can_be_differentiated_and_batched():
+    def squares(x):
+        return (forward(x) ** 2).sum() + backward(x).sum()
+
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(jax.jit(jax.grad(squares))(x), 2 * x + 1)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(squares))(x), (x**2 + x).sum(1))
 
 
 # --- the counter
