@@ -23,7 +23,7 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-SHORT = dict(zip(KINDS, ("AG", "AR", "A2A", "CP", "RS", "CB", "RA2A"), strict=True))
+SHORT: dict[str, str] = dict(zip(KINDS, ("AG", "AR", "A2A", "CP", "RS", "CB", "RA2A"), strict=True))
 
 _SHAPE = re.compile(r"\b(pred|bf16|[cfsu]\d+)\w*\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")

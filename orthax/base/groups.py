@@ -1,4 +1,4 @@
-"""Leaves of a mesh that share a stack: what belongs to each, where it lies, who owns the matrices."""
+"""Leaves of a mesh that share a stack: what belongs to each, where it lies, who are the owners."""
 
 import dataclasses
 import itertools

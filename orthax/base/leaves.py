@@ -53,7 +53,7 @@ def _component(key: object) -> str | int:
 # --- checks
 
 
-def check_matrix_leaves(call: str, tree: optax.Params, *, kind: Any = jnp.inexact) -> None:
+def check_matrix_leaves(call: str, tree: Any, *, kind: Any = jnp.inexact) -> None:
     """Raises, naming the leaf, unless all are floating matrices (of a kind), shape (..., m, n)."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         check_array(call, leaf, f"'{path_text(keys)}'", kind=kind)

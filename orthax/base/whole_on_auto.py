@@ -1,12 +1,12 @@
 """`whole_matrices` where only the compiler knows how leaves are cut: Auto axes of a mesh.
 
-Constraints say where stacks shall be, and the compiler finds the exchanges. The first axis of a
-stack is kept whole and its others left open, so that they lie as the leaves do; then one mesh axis
-after the other moves to the first axis, each by one all-to-all (asked for all at once, the compiler
-gathers), the transformation runs on each device's own matrices, and all goes back in reverse.
+Constraints say where stacks shall be, and the compiler finds the exchanges. A stack lies as its
+leaves do; then one mesh axis after the other moves to the stack's first axes, each by one
+all-to-all (asked for all at once, the compiler gathers), the transformation runs on each device's
+own matrices, and all goes back in reverse. What lies there already, as experts may, stays. Layouts
+pass from leaves to stacks only (`one_way`).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orthax.base.groups import free_axes
+from orthax.base.one_way import backward, forward
 from orthax.base.placing import alike
 from orthax.base.reading import Place, Reading
 
@@ -53,7 +54,9 @@ def on_owners_by_constraints(
     readers = [reading for *_, reading in groups]
 
     def stacked(members: list[int]) -> Any:
-        parts = [jax.tree.map(lambda x, p: p.stacked(x), rows[i], places[i]) for i in members]
+        parts = [
+            jax.tree.map(lambda x, p: p.stacked(forward(x)), rows[i], places[i]) for i in members
+        ]
         return jax.tree.map(lambda *xs: _to_owners(xs, mesh, axes), *parts)
 
     def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
@@ -78,6 +81,7 @@ def on_owners_by_constraints(
         mesh=mesh,
         in_specs=(PartitionSpec(), spec),
         out_specs=spec,
+        axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
         check_vma=False,
     )(numbers, stacks)
 
@@ -85,10 +89,11 @@ def on_owners_by_constraints(
     for members, stack in zip(groups.values(), found, strict=True):
         stack = jax.tree.map(lambda x: _from_owners(x, mesh, axes), stack)
         counts = [math.prod(places[i][0].apart(leaves[i].shape)[0]) for i in members]
-        for i, count, end in zip(members, counts, itertools.accumulate(counts), strict=True):
+        for at, i in enumerate(members):
 
-            def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
-                return alike(place.unstacked(stack[start:end], x.shape), x)
+            def part(x: Any, place: Place, stack: Any, counts: list[int] = counts, at: int = at):
+                y = place.unstacked(_part(stack, counts, at, axes), x.shape)
+                return alike(backward(y), x)
 
             results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
     return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
@@ -96,31 +101,45 @@ def on_owners_by_constraints(
 
 def _to_owners(parts: Sequence[jax.Array], mesh: Any, axes: tuple[str, ...]) -> jax.Array:
     """The stack of some parts, (*sizes of mesh axes, own, *rest), each device with its own."""
-    stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
     counts = [dict(mesh.shape)[a] for a in axes]
-    missing = -stack.shape[0] % math.prod(counts)
-    stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
-    stack = stack.reshape(*counts, -1, *stack.shape[1:])
+    if any(x.shape[0] % math.prod(counts) for x in parts):
+        stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        missing = -stack.shape[0] % math.prod(counts)
+        stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1))
+        parts = [stack]
+    # Each device has as many of each leaf: those of experts may be there already.
+    parts = [x.reshape(*counts, -1, *x.shape[1:]) for x in parts]
+    stack = jnp.concatenate(parts, axis=len(counts)) if len(parts) > 1 else parts[0]
     for moved in _stages(axes):
-        stack = _laid(stack, mesh, moved, OPEN)
-    return _laid(stack, mesh, axes, None)
+        stack = _laid(forward(stack), mesh, moved, OPEN)
+    return _laid(forward(stack), mesh, axes, None)
 
 
 def _from_owners(stack: jax.Array, mesh: Any, axes: tuple[str, ...]) -> jax.Array:
     stack = _laid(stack, mesh, axes, None)
     for moved in reversed(_stages(axes)):
-        stack = _laid(stack, mesh, moved, OPEN)
-    return stack.reshape(-1, *stack.shape[len(axes) + 1 :])
+        stack = _laid(backward(stack), mesh, moved, OPEN)
+    return backward(stack)
 
 
-def _stages(axes: tuple[str, ...]) -> list[tuple[str | None, ...]]:
+def _part(stack: jax.Array, counts: Sequence[int], at: int, axes: tuple[str, ...]) -> jax.Array:
+    """The matrices of one leaf, of leaves with so many, in what `_from_owners` returns."""
+    sizes, rest = stack.shape[: len(axes)], stack.shape[len(axes) + 1 :]
+    end = sum(counts[: at + 1])
+    if any(count % math.prod(sizes) for count in counts):
+        return stack.reshape(-1, *rest)[end - counts[at] : end]
+    start, end = (n // math.prod(sizes) for n in (end - counts[at], end))
+    return jax.lax.slice_in_dim(stack, start, end, axis=len(axes)).reshape(-1, *rest)
+
+
+def _stages(axes: tuple[str, ...]) -> list[tuple[Any, ...]]:
     """What lies along the stack's first axes, before the last one is moved.
 
     The minor one of two mesh axes that cut one axis moves first: then what stays lies in blocks.
     """
-    return [(*(None for _ in axes[:at]), *axes[at:]) for at in range(len(axes), 0, -1)]
+    return [(*(OPEN for _ in axes[:at]), *axes[at:]) for at in range(len(axes), 0, -1)]
 
 
-def _laid(x: jax.Array, mesh: Any, moved: tuple[str | None, ...], others: Any) -> jax.Array:
+def _laid(x: jax.Array, mesh: Any, moved: tuple[Any, ...], others: Any) -> jax.Array:
     spec = PartitionSpec(*moved, None, *(others for _ in x.shape[len(moved) + 1 :]))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
