@@ -1,14 +1,29 @@
 """Putting arrays where others lie: results, copies, the zeros that a state starts with."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthax.base.leaves import explicit_sharding, spec_of, vary_as
+
+_numbers = itertools.count()
+
+
+def alike(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` where `like` lies, an array of its shape on Auto axes."""
+    if not isinstance(x, Tracer) and not isinstance(like, Tracer):
+        return jax.device_put(x, like.sharding)
+    # JAX lowers equal calls once. Then all pairs of one shape would have to lie alike: metadata of
+    # its own makes each call another one.
+    with set_xla_metadata(lies_alike=str(next(_numbers))):
+        return shard_alike(x, like)[0]
 
 
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:
@@ -60,15 +75,25 @@ def zeros_beside(
     sharding = explicit_sharding(x) if traced else getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding):
         spec = spec_of(sharding, len(x.shape))
-        spec = [None if axis is None else spec[axis] for axis in axes]
-        sharding = sharding.update(spec=PartitionSpec(*spec))
-    elif traced or not getattr(x, "committed", False):
-        sharding = None
+        return zeros_at(x, shape, [None if axis is None else spec[axis] for axis in axes], dtype)
     if traced:
-        zeros = jnp.zeros(shape, dtype)
-        zeros = zeros if sharding is None else jax.sharding.reshard(zeros, sharding)
-        return vary_as(zeros, x)
-    return jnp.zeros(shape, dtype, device=sharding)
+        return vary_as(jnp.zeros(shape, dtype), x)
+    return jnp.zeros(shape, dtype, device=sharding if getattr(x, "committed", False) else None)
+
+
+def zeros_at(x: Any, shape: tuple[int, ...], entries: Iterable[Any], dtype: Any) -> jax.Array:
+    """Zeros on the mesh of an array, or a `ShapeDtypeStruct`, cut by these mesh axes."""
+    if isinstance(x, Tracer):
+        sharding = jax.typeof(x).sharding.update(spec=PartitionSpec(*entries))
+        return vary_as(constrained(jnp.zeros(shape, dtype), sharding), x)
+    return jnp.zeros(shape, dtype, device=x.sharding.update(spec=PartitionSpec(*entries)))
+
+
+def constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array that is traced, laid out anew."""
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+    return place(x, sharding)
 
 
 def zeros_like(x: Any, dtype: Any = None) -> jax.Array:

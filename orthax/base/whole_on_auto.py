@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
+from orthax.base.placing import alike
 from orthax.base.reading import Place, Reading
 from orthax.base.whole_matrices import free_axes
 
@@ -90,7 +90,7 @@ def on_owners_by_constraints(
 
             def part(x: Any, place: Place, stack: Any, start: int = end - count, end: int = end):
                 result = place.unstacked(stack[start:end], x.shape)
-                return shard_alike(result, x)[0]
+                return alike(result, x)
 
             results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
     return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
