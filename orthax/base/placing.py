@@ -11,7 +11,7 @@ from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from orthax.base.leaves import explicit_sharding, spec_of, vary_as
+from orthax.base.leaves import explicit_sharding, on_auto_axes, spec_of, vary_as
 
 _numbers = itertools.count()
 
@@ -24,6 +24,16 @@ def alike(x: jax.Array, like: jax.Array) -> jax.Array:
     # its own makes each call another one.
     with set_xla_metadata(lies_alike=str(next(_numbers))):
         return shard_alike(x, like)[0]
+
+
+def all_alike(new: Any, old: Any) -> Any:
+    """A state whose arrays on Auto axes lie as those of the state before."""
+
+    def as_before(x: Any, like: Any) -> Any:
+        moves = x is not like and x.ndim and x.shape == like.shape and on_auto_axes(like)
+        return alike(x, like) if moves else x
+
+    return jax.tree.map(as_before, new, old)
 
 
 def replicate_beside(x: jax.Array, like: object) -> jax.Array:

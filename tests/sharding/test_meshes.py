@@ -83,8 +83,7 @@ TRANSFORMS = {
 # What a compiler does to decompositions and to products along a sharded axis on Auto axes: it lays
 # the result out in its own way.
 GATHERED_ON_AUTO = {"orthogonalize(polar_svd)", "orthogonalize(zolotarev)"}
-GATHERED_ON_AUTO |= {name for name in TRANSFORMS if name.startswith("low_rank")}
-GATHERED_ON_AUTO |= {"trion", "dct_adamw", "add_penalty(warm)"}
+GATHERED_ON_AUTO |= {"add_penalty(warm)"}
 
 # Shape and sharding of each leaf, on a mesh of x (4 devices) and y (2 devices).
 MATRICES = {

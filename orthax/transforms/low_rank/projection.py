@@ -10,7 +10,7 @@ import optax
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
 from orthax.base.leaves import keep_dtypes, on_auto_axes
-from orthax.base.placing import cond
+from orthax.base.placing import all_alike, cond
 from orthax.base.rank import check_rank
 from orthax.base.turned import lay, lay_back
 from orthax.linalg.elementary import RANKINGS, number_for, wide
@@ -207,13 +207,12 @@ def projected(
                 x - (1 - number_for(x, retain)) * frame.expand(wide(coordinates), kept)
                 for frame, x, coordinates, kept in zip(frames, xs, low, new, strict=True)
             ]
-        likes = gradients
+        likes: list[Any] = [*gradients]
         if params is not None:  # on Auto axes what is no argument of a step follows what is
             likes = [*map(_on_auto, gradients, structure.flatten_up_to(params))]
-        # Both at once, as they go the same way. On Auto axes a buffer that is not quantised stays
-        # where the state had it.
-        there = [None if bits is None and way and way.entries is None else way for way in ways]
-        back = lay_back([*results, *left], [*ways, *there[: len(left)]], [*likes, *saved])
+        # Both at once, as they go the same way. On Auto axes a buffer that is not quantised stays.
+        likes += [None if bits is None and on_auto_axes(x) else x for x in saved]
+        back = lay_back([*results, *left], [*ways, *ways[: len(left)]], likes)
         results, left = back[: len(frames)], back[len(frames) :]
 
         residuals = None
@@ -223,7 +222,7 @@ def projected(
             residuals = save(frames, left, dtypes, structure, state.count)
         count, subspaces = optax.safe_increment(state.count), structure.unflatten(new)
         after = LowRankState(jnp.asarray(count), subspaces, state.bases, residuals, inner_state)
-        return structure.unflatten(results), after
+        return structure.unflatten(results), all_alike(after, state)
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(init, update), matrices_of=call)
 
