@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -30,9 +31,11 @@ def all_alike(new: Any, old: Any) -> Any:
     """A state whose arrays on Auto axes lie as those of the state before."""
 
     def as_before(x: Any, like: Any) -> Any:
-        moves = x is not like and x.ndim and x.shape == like.shape and on_auto_axes(like)
-        return alike(x, like) if moves else x
+        moves = x is not like and np.ndim(x) and np.shape(x) == np.shape(like)
+        return alike(x, like) if moves and on_auto_axes(like) else x
 
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
     return jax.tree.map(as_before, new, old)
 
 
@@ -87,7 +90,13 @@ def zeros_beside(
         spec = spec_of(sharding, len(x.shape))
         return zeros_at(x, shape, [None if axis is None else spec[axis] for axis in axes], dtype)
     if traced:
-        return vary_as(jnp.zeros(shape, dtype), x)
+        zeros = vary_as(jnp.zeros(shape, dtype), x)
+        if not on_auto_axes(x) or len(shape) != x.ndim:
+            return zeros
+        # The compiler knows how what is cut out of the array lies.
+        sizes = [min(pair) for pair in zip(shape, x.shape, strict=True)]
+        part = jax.lax.slice(x, [0] * x.ndim, sizes)
+        return alike(zeros, part) if part.shape == shape else zeros
     return jnp.zeros(shape, dtype, device=sharding if getattr(x, "committed", False) else None)
 
 

@@ -21,7 +21,11 @@ from orthax.transforms.low_rank.frames import (
     make_frames,
     random_matrices,
 )
-from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
+from orthax.transforms.low_rank.inner_state import (
+    check_inner_state,
+    move_inner_state,
+    place_inner_state,
+)
 from orthax.transforms.low_rank.quantized import (
     ROUNDINGS,
     dequantize_leaves,
@@ -122,8 +126,10 @@ def projected(
             check_complex(frames, leaves, "mu_dtype", f"int{mu_bits}")
         kept = [*map(Frame.first, frames, leaves)]
         # What inner keeps is as large as the coordinates, not as the params.
-        inner_state = inner.init(structure.unflatten(map(Frame.first_low, frames, leaves)))
+        lows = structure.unflatten(map(Frame.first_low, frames, leaves))
+        inner_state = inner.init(lows)
         check_inner_state(call, inner, inner_state, structure.unflatten(frames))
+        inner_state = place_inner_state(inner, inner_state, lows)
         if mu_bits is not None:
             inner_state = with_quantized_mu(inner_state, mu_bits, start=True)
         count = jnp.zeros([], jnp.int32)
