@@ -21,6 +21,8 @@ def alike(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` where `like` lies, an array of its shape on Auto axes."""
     if not isinstance(x, Tracer) and not isinstance(like, Tracer):
         return jax.device_put(x, like.sharding)
+    if jax.typeof(like).sharding.mesh.manual_axes:  # the compiler fails inside a user's shard_map
+        return x
     # JAX lowers equal calls once. Then all pairs of one shape would have to lie alike: metadata of
     # its own makes each call another one.
     with set_xla_metadata(lies_alike=str(next(_numbers))):

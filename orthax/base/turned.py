@@ -58,7 +58,6 @@ class Turned:
             mesh=mesh,
             in_specs=given,
             out_specs=results,
-            axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
             check_vma=False,
         )
 
@@ -66,12 +65,15 @@ class Turned:
 def turned(x: Any, axis: int) -> Turned | None:
     """How a matrix, or its `ShapeDtypeStruct`, lies with an axis whole; None on no mesh.
 
-    None as well if the other axis cannot be cut in so many parts.
+    None as well if the other axis cannot be cut in so many parts, and inside `jax.shard_map`: over
+    which of a user's own axes values differ would be forgotten.
     """
     sharding = _sharding(x)
     if sharding is None or not free_axes(sharding.mesh):
         return None
     mesh, ndim = sharding.mesh.abstract_mesh, len(x.shape)
+    if mesh.manual_axes:
+        return None
     whole, other = axis % ndim, (-3 - axis) % ndim
     if AxisType.Explicit in mesh.axis_types:
         entries = spec_of(sharding, ndim)
