@@ -1,8 +1,9 @@
-"""Cut matrices travel to the devices that own them, and back: the collectives of `whole_matrices`.
+"""Cut matrices travel between devices: the collectives of `whole_matrices` and `turned`.
 
 All functions run inside `jax.shard_map`, on what one device holds. Of a stack of matrices, its
 first axis counting them, a device has a piece of each, where mesh axes cut the other axes, or a
 copy. Owners are the devices along some mesh axes: each gets as many whole matrices as the others.
+`turn` leaves every device a piece of each matrix, cut along another axis.
 Stacks whose pieces are of one size travel together, however they are cut, so there are as many
 exchanges as sizes of matrices.
 """
@@ -45,6 +46,40 @@ class Route:
         return tuple(a for a in self.owners if a not in self.moved)
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """How the cut of one array turns from an axis, which is whole then, to another.
+
+    Attributes:
+      axes: Mesh axes that cut the first of the two.
+      joined: The axis that becomes whole.
+      split: The axis that they cut then, inside what cuts it already.
+    """
+
+    axes: tuple[str, ...]
+    joined: int
+    split: int
+
+
+def turn(
+    xs: Sequence[jax.Array], turns: Sequence[Turn], sizes: Mapping[str, int]
+) -> list[jax.Array]:
+    """Pieces of arrays that are cut along other axes, of this device's pieces of them."""
+    apart, pieces = [], []
+    for x, t in zip(xs, turns, strict=True):
+        parts = math.prod(sizes[a] for a in t.axes)
+        x = x.reshape(*x.shape[: t.split], parts, -1, *x.shape[t.split + 1 :])
+        x = jnp.moveaxis(x, t.split, 0)
+        pieces.append(x.shape)
+        apart.append(x.reshape(parts, 1, -1))
+    arrived = _exchanged(apart, [t.axes for t in turns])
+    found = []
+    for x, t, piece in zip(arrived, turns, pieces, strict=True):
+        x = jnp.moveaxis(x.reshape(piece), 0, t.joined)
+        found.append(x.reshape(*x.shape[: t.joined], -1, *x.shape[t.joined + 2 :]))
+    return found
+
+
 def bring(
     stacks: Sequence[jax.Array], routes: Sequence[Route], sizes: Mapping[str, int]
 ) -> list[jax.Array]:
@@ -59,7 +94,7 @@ def bring(
       Each of shape (k / number of owners, *matrix); zeros fill up what does not divide.
     """
     chosen = [_by_owner(x, route, sizes) for x, route in zip(stacks, routes, strict=True)]
-    arrived = _exchanged(chosen, routes)
+    arrived = _exchanged(chosen, [route.moved for route in routes])
     return [
         _joined(x, pieces.shape[1:], route, sizes)
         for x, pieces, route in zip(arrived, stacks, routes, strict=True)
@@ -96,7 +131,7 @@ def _sent(
     sizes: Mapping[str, int],
 ) -> list[jax.Array]:
     apart = [_split(x, route, sizes) for x, route in zip(matrices, routes, strict=True)]
-    arrived = _exchanged([x for x, _ in apart], routes)
+    arrived = _exchanged([x for x, _ in apart], [route.moved for route in routes])
     gathered = _gathered(arrived, routes)
     found = []
     for x, (_, piece), count, route in zip(gathered, apart, counts, routes, strict=True):
@@ -124,10 +159,10 @@ def _by_owner(x: jax.Array, route: Route, sizes: Mapping[str, int]) -> jax.Array
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _exchanged(xs: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
+def _exchanged(xs: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:
     """Part i of each (devices, own, entries) to device i, for one from each in its place."""
     found = list(xs)
-    for moved, together in _alike(xs, [route.moved for route in routes]):
+    for moved, together in _alike(xs, axes):
         stack = _side_by_side([xs[i] for i in together])
         stack = jax.lax.all_to_all(stack, moved, 0, 0, tiled=True)
         for i, x in zip(together, _apart(stack, [xs[i] for i in together]), strict=True):

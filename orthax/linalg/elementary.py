@@ -196,12 +196,16 @@ def top_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"] = "l2") -> j
     return largest_columns(x, rank, order)
 
 
-def largest_columns(x: jax.Array, rank: int, order: Literal["l1", "l2"]) -> jax.Array:
-    """`top_columns` of checked arguments."""
+def largest_columns(
+    x: jax.Array, rank: int, order: Literal["l1", "l2"], along: tuple[str, ...] = ()
+) -> jax.Array:
+    """`top_columns` of checked arguments; inside `jax.shard_map` mesh axes may cut the rows."""
     # The order is that of the matrix at any scale; squares of its entries might vanish.
-    scaled, _ = unit_max(x)
-    sizes = jnp.abs(scaled)
+    x = wide(x)
+    scale = _largest(x, 0.0)
+    sizes = jnp.abs(divided(x, lax.pmax(scale, along) if along else scale))
     norms = jnp.sum(sizes if order == "l1" else sizes**2, axis=-2)
+    norms = lax.psum(norms, along) if along else norms
     _, indices = lax.top_k(norms, rank)
     return jnp.sort(indices, axis=-1)
 

@@ -16,7 +16,7 @@ import optax
 from orthax.base import check
 from orthax.base.given_shardings import check_sharding, shardings_of
 from orthax.base.leaves import given_for, keep_dtypes, params_of
-from orthax.base.placing import alike
+from orthax.base.placing import alike, all_alike
 from orthax.matrices.default_rule import Undecided, Verdict, default_verdicts
 from orthax.matrices.path_rules import chosen_values
 from orthax.matrices.reports import report_missing_names, report_unmatched
@@ -220,9 +220,7 @@ def _beside_what_came(
     ) -> tuple[optax.Updates, optax.OptState]:
         results, new = inner.update(updates, state, params, **extra)
         results = alike(results, updates if params is None else params)
-        if jax.tree.structure(new) == jax.tree.structure(state):  # not so for `optax.monitor`
-            new = alike(new, state)
-        return results, new
+        return results, all_alike(new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

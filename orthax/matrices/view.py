@@ -12,8 +12,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from orthax.base.exchange import Cuts
-from orthax.base.leaves import explicit_sharding, spec_of
-from orthax.base.placing import laid_out
+from orthax.base.leaves import explicit_sharding, on_auto_axes, spec_of
+from orthax.base.placing import alike, laid_out
 
 DimensionNumbers: TypeAlias = optax.contrib.MuonDimensionNumbers
 
@@ -194,7 +194,8 @@ def open_view(view: MatrixView | PackedView, x: Any) -> Any:
 
 def close_view(view: MatrixView | PackedView, y: Any, like: jax.Array) -> jax.Array:
     """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
-    return laid_out(view.closed, explicit_sharding(like))(y)
+    x = laid_out(view.closed, explicit_sharding(like))(y)
+    return alike(x, like) if on_auto_axes(like) else x
 
 
 def make_view(call: str, path: str, leaf: jax.Array, dims: object) -> MatrixView | PackedView:

@@ -155,5 +155,5 @@ def test_a_least_squares_problem_is_solved_whatever_the_bits_of_the_momentum(mu_
 def test_a_state_of_the_former_default_rank_is_refused_with_what_to_pass():
     params = {"dense": {"kernel": jnp.zeros((256, 300))}}
     state = orthax.trion(0.1, rank=128).init(params)
-    with pytest.raises(ValueError, match=says("'dense/kernel'", "rank 128", "is now 64", "pass")):
+    with pytest.raises(ValueError, match=says("'dense/kernel'", "rank 128", "is now 64", "Pass")):
         orthax.trion(0.1).update(params, state, params)

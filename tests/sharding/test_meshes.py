@@ -84,8 +84,7 @@ TRANSFORMS = {
 # What a compiler does to decompositions and to products along a sharded axis on Auto axes: it lays
 # the result out in its own way.
 GATHERED_ON_AUTO = {"orthogonalize(polar_svd)", "orthogonalize(zolotarev)"}
-GATHERED_ON_AUTO |= {name for name in TRANSFORMS if name.startswith("low_rank")}
-GATHERED_ON_AUTO |= {"trion", "dct_adamw", "add_penalty(warm)"}
+GATHERED_ON_AUTO |= {"add_penalty(warm)"}
 
 # Shape and sharding of each leaf, on a mesh of x (4 devices) and y (2 devices).
 MATRICES = {
@@ -214,6 +213,10 @@ def state_without_values(transformation, params):
     return transformation.init(params)
 
 
+def names(entry):
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
 # The batch axes of a leaf, and what is the same for all of a row or column, by the leaf's spec.
 LIES = {
     "indices": lambda spec: P(*spec[:-2], None),
@@ -221,12 +224,19 @@ LIES = {
     "per_column": lambda spec: P(*spec[:-2], None, spec[-1]),
     "per_row": lambda spec: P(*spec[:-2], spec[-2], None),
     "alike": lambda spec: P(*spec),
-    "low": lambda spec: P(*spec[:-2], spec[-2], None),  # of tall matrices
+    # Of tall matrices, whose columns are projected.
+    "low": lambda spec: P(*spec[:-2], spec[-2], None),
+    "laid": lambda spec: P(*spec[:-2], (*names(spec[-2]), *names(spec[-1])), None),
 }
+LIES_ON_AUTO = LIES | {
+    "indices of laid": lambda _: P(),
+    "laid": lambda spec: P(*(None for _ in spec[:-2]), ("x", "y"), None),
+}
+LIES |= {"indices of laid": LIES["indices"]}
 STATES = {
     "normalize_neurons": {"rms": "per_column"},
-    "low_rank(dct)": {"subspaces": "indices", "mu": "low", "residuals": "alike"},
-    "low_rank(dct3)": {"subspaces": "indices", "codes": "alike", "scale": "per_row"},
+    "low_rank(dct)": {"subspaces": "indices of laid", "mu": "laid", "residuals": "laid"},
+    "low_rank(dct3)": {"subspaces": "indices of laid", "codes": "alike", "scale": "per_row"},
     "low_rank(hadamard)": {"codes": "per_row", "zero": "per_row"},
     "low_rank(svd)": {"subspaces": "columns", "nu": "low", "residuals": "alike"},
 }
@@ -243,11 +253,12 @@ def test_a_state_starts_where_its_leaf_lies_and_reads_no_leaf(name, mesh):
         del layout["stack"]
     params = put(mesh, layout, normal_tree(layout, 0))
     state = state_without_values(TRANSFORMS[name], params)
+    lies = LIES_ON_AUTO if AxisType.Auto in mesh.axis_types else LIES
     for field, kind in STATES[name].items():
         found = optax.tree.get(state, field)
         expected = map_leaves(
             lambda leaf, kind=kind: NamedSharding(
-                mesh, LIES[kind]((*leaf[1], *(None,) * (len(leaf[0]) - len(leaf[1]))))
+                mesh, lies[kind]((*leaf[1], *(None,) * (len(leaf[0]) - len(leaf[1]))))
             ),
             layout,
         )

@@ -12,18 +12,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from orthax.base.leaves import explicit_sharding, matrix_leaves, path_text, spec_of
-from orthax.base.placing import laid_out, replicate_beside, resized_zeros, zeros_beside
+from orthax.base.placing import (
+    laid_out,
+    replicate_beside,
+    resized_zeros,
+    zeros_at,
+    zeros_beside,
+    zeros_like,
+)
 from orthax.base.rank import rank_of
+from orthax.base.turned import Turned, turned
 from orthax.linalg.elementary import wide_dtype
 from orthax.linalg.quantization import Quantized, dequantize, quantize
-from orthax.transforms.low_rank.subspaces import Kind, Subspace, Whole, make_subspace
+from orthax.transforms.low_rank.subspaces import Kind, Selection, Subspace, Whole, make_subspace
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """A leaf of matrices (..., m, n) and the subspace of its shorter side, rows if they are equal.
 
-    `path` is for error messages; `sharding` that of the leaf on Explicit mesh axes, else None.
+    Attributes:
+      path: For error messages.
+      shape: Of the leaf.
+      rank: Dimensions of the subspace.
+      subspace: Its family.
+      sharding: That of the leaf on Explicit mesh axes, else None.
+      way: How the leaf lies on a mesh with the projected axis whole. `choose`, `project` and
+        `expand` then work where it lies so. None: they work where the leaf lies.
     """
 
     path: str
@@ -31,6 +46,7 @@ class Frame:
     rank: int
     subspace: Subspace
     sharding: NamedSharding | None
+    way: Turned | None
 
     @property
     def axis(self) -> int:
@@ -43,24 +59,37 @@ class Frame:
         if isinstance(one, optax.MaskedNode):
             return one
         batch, whole = self.shape[:-2], one.shape
-        axes = (*range(len(batch)), *(None for _ in whole))
-        zeros = zeros_beside(x, (*batch, *whole), axes, one.dtype)
+        if self.way is not None:
+            zeros = zeros_at(x, (*batch, *whole), self._spec[:-2], one.dtype)
+        else:
+            axes = (*range(len(batch)), *(None for _ in whole))
+            zeros = zeros_beside(x, (*batch, *whole), axes, one.dtype)
         return zeros + one.reshape(*(1 for _ in batch), *whole)
 
     def first_low(self, x: Any) -> Any:
         """Zeros in the place of the coordinates of the leaf x, or x where it is left whole."""
         if isinstance(self.subspace, Whole):
             return x
+        if self.way is not None:
+            return zeros_at(x, self.low_shape, self._spec, x.dtype)
         return resized_zeros(x, self.axis, self.rank, x.dtype)
+
+    def first_buffer(self, x: Any, dtype: Any) -> Any:
+        """Zeros like the leaf x, where the subspace is chosen."""
+        if self.way is not None:
+            return zeros_at(x, self.shape, self._spec, dtype or x.dtype)
+        return zeros_like(x, dtype)
 
     def choose(self, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
         """The subspace for x, and the coordinates of x in it."""
+        along = {"along": self.way.along} if self.way else {}
 
         def choose(subspace: Subspace, x: jax.Array, old: Any) -> tuple[Any, jax.Array]:
-            new, low = subspace.choose(self._turned(x), old)
+            new, low = subspace.choose(self._turned(x), old, **along)
             return new, self._turned(low)
 
-        return self._run(choose, (self._kept, self._low))(self.subspace, x, old)
+        run = self._run(choose, (self._spec, self._kept), (self._kept, self._low))
+        return run(self.subspace, x, old)
 
     def project(self, x: jax.Array, kept: Any) -> jax.Array:
         """Coordinates of x: its shape with `rank` along the projected axis."""
@@ -68,7 +97,7 @@ class Frame:
         def project(subspace: Subspace, x: jax.Array, kept: Any) -> jax.Array:
             return self._turned(subspace.project(self._turned(x), kept))
 
-        return self._run(project, self._low)(self.subspace, x, kept)
+        return self._run(project, (self._spec, self._kept), self._low)(self.subspace, x, kept)
 
     def expand(self, low: jax.Array, kept: Any) -> jax.Array:
         """The matrices with these coordinates."""
@@ -77,7 +106,7 @@ class Frame:
             n = self.shape[self.axis]
             return self._turned(subspace.expand(self._turned(low), kept, n))
 
-        return self._run(expand, self.sharding)(self.subspace, low, kept)
+        return self._run(expand, (self._low, self._kept), self._spec)(self.subspace, low, kept)
 
     def move(
         self, start: jax.Array, old: Any, new: Any, x: jax.Array, *, signed: bool | None
@@ -92,18 +121,21 @@ class Frame:
             moved = self._turned(self.subspace.move(self._turned(x), old, new, signed))
             return jnp.where(start, x, moved.astype(x.dtype))
 
-        return self._run(move, explicit_sharding(x))(x, start, old, new)
+        return self._as_on_auto(move, explicit_sharding(x))(x, start, old, new)
 
     def quantize(self, x: jax.Array, bits: int, key: jax.Array | None) -> Quantized:
         """The leaf in a few bits an entry."""
-        row: Any = self._sharded(*self._spec[:-1], None)
-        codes: Any = self.sharding if bits == 8 else row
+        sharding = self.sharding
+        row: Any = sharding and sharding.update(
+            spec=PartitionSpec(*spec_of(sharding, x.ndim)[:-1], None)
+        )
+        codes: Any = sharding if bits == 8 else row
         out = Quantized(codes, row, row)
-        return self._run(lambda x, key: quantize(x, bits, key), out)(x, key)
+        return self._as_on_auto(lambda x, key: quantize(x, bits, key), out)(x, key)
 
     def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
         """The leaf again."""
-        run = self._run(lambda kept: dequantize(kept, bits, self.shape[-1]), self.sharding)
+        run = self._as_on_auto(lambda kept: dequantize(kept, bits, self.shape[-1]), self.sharding)
         return run(kept)
 
     @property
@@ -113,31 +145,40 @@ class Frame:
         shape[self.axis] = self.rank
         return tuple(shape)
 
-    def _run(self, fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
-        """`fun` of arrays that lie where the leaf does."""
+    def _run(self, fun: Callable[..., Any], given: Any, results: Any) -> Callable[..., Any]:
+        """`fun` of the subspace and arrays, on each device if the projected axis is whole there."""
+        if self.way is not None:
+            return self.way.run(fun, (PartitionSpec(), *given), results)
+        sharding = self.sharding
+        return self._as_on_auto(
+            fun, sharding and jax.tree.map(lambda spec: sharding.update(spec=spec), results)
+        )
+
+    def _as_on_auto(self, fun: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+        """`fun` of arrays on Explicit axes as if these were Auto."""
         return fun if self.sharding is None else laid_out(fun, out_sharding)
 
     def _turned(self, x: jax.Array) -> jax.Array:
         return x.mT if self.axis == -2 else x
 
     @property
-    def _spec(self) -> tuple[Any, ...]:
+    def _spec(self) -> PartitionSpec:
+        """Of the leaf where the subspace is chosen."""
+        if self.way is not None:
+            return PartitionSpec(*self.way.laid)
         axes = len(self.shape)
-        return spec_of(self.sharding, axes) if self.sharding else (None,) * axes
+        return PartitionSpec(*(spec_of(self.sharding, axes) if self.sharding else (None,) * axes))
 
     @property
-    def _low(self) -> NamedSharding | None:
+    def _low(self) -> PartitionSpec:
         spec = list(self._spec)
         if not isinstance(self.subspace, Whole):
             spec[self.axis] = None
-        return self._sharded(*spec)
+        return PartitionSpec(*spec)
 
     @property
-    def _kept(self) -> NamedSharding | None:
-        return self._sharded(*self._spec[:-2])  # the batch axes
-
-    def _sharded(self, *spec: Any) -> NamedSharding | None:
-        return self.sharding and self.sharding.update(spec=PartitionSpec(*spec))
+    def _kept(self) -> PartitionSpec:
+        return PartitionSpec(*self._spec[:-2])  # the batch axes
 
 
 def projected_axis(shape: tuple[int, ...]) -> int:
@@ -156,7 +197,13 @@ def make_frames(tree: optax.Params, rank: Any, kind: Kind, bases: Any) -> list[F
         # A leaf of no more rank than is asked for is left whole.
         projected = r < n and np.size(leaf)
         subspace = make_subspace(path, n, kind, matrices.get(n)) if projected else Whole()
-        frames.append(Frame(path, np.shape(leaf), r, subspace, sharding))
+        # Adaptive columns are made from whole matrices.
+        way = (
+            turned(leaf, projected_axis(np.shape(leaf)))
+            if isinstance(subspace, Selection)
+            else None
+        )
+        frames.append(Frame(path, np.shape(leaf), r, subspace, sharding, way))
     return frames
 
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from orthax.base.leaves import is_masked
+from orthax.base.leaves import is_masked, on_auto_axes
+from orthax.base.placing import alike
 from orthax.transforms.low_rank.frames import Frame
 from orthax.transforms.low_rank.subspaces import Adaptive, Whole
 
@@ -49,6 +51,17 @@ def move_inner_state(
         transform_non_params=lambda leaf: leaf.value,
         is_leaf=is_masked,
     )
+
+
+def place_inner_state(inner: Any, state: Any, lows: Any) -> Any:
+    """Lays a first state that is traced, on Auto axes of a mesh, where the coordinates lie."""
+    if not any(isinstance(low, Tracer) and on_auto_axes(low) for low in jax.tree.leaves(lows)):
+        return state
+
+    def placed(x: Any, low: Any) -> Any:
+        return x if is_masked(x) or x.shape != low.shape else alike(x, low)
+
+    return optax.tree.map_params(inner, placed, state, lows, is_leaf=is_masked)
 
 
 def check_inner_state(call: str, inner: Any, state: Any, frames: Any) -> None:

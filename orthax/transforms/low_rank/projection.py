@@ -9,9 +9,10 @@ import optax
 
 from orthax.base import check
 from orthax.base.each_matrix import EachMatrix
-from orthax.base.leaves import keep_dtypes
-from orthax.base.placing import cond, zeros_like
+from orthax.base.leaves import keep_dtypes, on_auto_axes
+from orthax.base.placing import all_alike, cond
 from orthax.base.rank import check_rank
+from orthax.base.turned import lay, lay_back
 from orthax.linalg.elementary import RANKINGS, number_for, wide
 from orthax.linalg.quantization import BITS, quantized_zeros
 from orthax.transforms.low_rank.frames import (
@@ -20,7 +21,11 @@ from orthax.transforms.low_rank.frames import (
     make_frames,
     random_matrices,
 )
-from orthax.transforms.low_rank.inner_state import check_inner_state, move_inner_state
+from orthax.transforms.low_rank.inner_state import (
+    check_inner_state,
+    move_inner_state,
+    place_inner_state,
+)
 from orthax.transforms.low_rank.quantized import (
     ROUNDINGS,
     dequantize_leaves,
@@ -121,15 +126,21 @@ def projected(
             check_complex(frames, leaves, "mu_dtype", f"int{mu_bits}")
         kept = [*map(Frame.first, frames, leaves)]
         # What inner keeps is as large as the coordinates, not as the params.
-        inner_state = inner.init(structure.unflatten(map(Frame.first_low, frames, leaves)))
+        lows = structure.unflatten(map(Frame.first_low, frames, leaves))
+        inner_state = inner.init(lows)
         check_inner_state(call, inner, inner_state, structure.unflatten(frames))
+        inner_state = place_inner_state(inner, inner_state, lows)
         if mu_bits is not None:
             inner_state = with_quantized_mu(inner_state, mu_bits, start=True)
         count = jnp.zeros([], jnp.int32)
         residuals = None
         if retain is not None:
             if bits is None:
-                residuals = structure.unflatten([zeros_like(x, buffer_dtype) for x in leaves])
+                zeros = [
+                    frame.first_buffer(x, buffer_dtype)
+                    for frame, x in zip(frames, leaves, strict=True)
+                ]
+                residuals = structure.unflatten(zeros)
             else:
                 residuals = in_one([quantized_zeros(x, bits) for x in leaves], structure)
         return LowRankState(count, structure.unflatten(kept), bases, residuals, inner_state)
@@ -142,12 +153,18 @@ def projected(
         old = structure.flatten_up_to(state.subspaces)
         check_kept(call, frames, old)
 
-        # b = buffer + g: Trion's momentum (Algorithm 1), DCT-AdamW's gradient with its error.
+        # b = buffer + g: Trion's momentum (Algorithm 1), DCT-AdamW's gradient with its error. On a
+        # mesh the projected axis is whole from here on; so it is in the buffer of a state, unless
+        # that is quantised, by rows.
+        ways = [frame.way for frame in frames]
         xs = [wide(g) for g in gradients]
-        saved: list[jax.Array] = []
-        if retain is not None:
-            saved = load(frames, state.residuals, structure)
+        saved = [] if retain is None else load(frames, state.residuals, structure)
+        if bits is not None:
             xs = [x + residual.astype(x.dtype) for x, residual in zip(xs, saved, strict=True)]
+        xs = lay(xs, ways)
+        if retain is not None and bits is None:
+            laid = lay(saved, ways)
+            xs = [x + residual.astype(x.dtype) for x, residual in zip(xs, laid, strict=True)]
 
         held = state.inner if mu_bits is None else with_whole_mu(state.inner, mu_bits)
 
@@ -174,7 +191,7 @@ def projected(
         low = [x.astype(g.dtype) for x, g in zip(low, gradients, strict=True)]
         low_params = None
         if params is not None and sees_params:
-            whole = structure.flatten_up_to(params)
+            whole = lay([jnp.asarray(x) for x in structure.flatten_up_to(params)], ways)
             low_params = structure.unflatten(map(_projected, frames, whole, new))
         directions, inner_state = inner.update(
             structure.unflatten(low), inner_state, low_params, **extra
@@ -190,20 +207,35 @@ def projected(
         ]
 
         # buffer = b - (1 - retain) low Q_r^T: only what was used decays.
-        residuals = None
+        left: list[jax.Array] = []
         if retain is not None:
             left = [
                 x - (1 - number_for(x, retain)) * frame.expand(wide(coordinates), kept)
                 for frame, x, coordinates, kept in zip(frames, xs, low, new, strict=True)
             ]
+        likes: list[Any] = [*gradients]
+        if params is not None:  # on Auto axes what is no argument of a step follows what is
+            likes = [*map(_on_auto, gradients, structure.flatten_up_to(params))]
+        # Both at once, as they go the same way. On Auto axes a buffer that is not quantised stays.
+        likes += [None if bits is None and on_auto_axes(x) else x for x in saved]
+        back = lay_back([*results, *left], [*ways, *ways[: len(left)]], likes)
+        results, left = back[: len(frames)], back[len(frames) :]
+
+        residuals = None
+        if retain is not None:
             # In the dtype it had: gradients may come in another one than the params.
             dtypes = [x.dtype for x in saved]
             residuals = save(frames, left, dtypes, structure, state.count)
         count, subspaces = optax.safe_increment(state.count), structure.unflatten(new)
         after = LowRankState(jnp.asarray(count), subspaces, state.bases, residuals, inner_state)
-        return structure.unflatten(results), after
+        return structure.unflatten(results), all_alike(after, state)
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(init, update), matrices_of=call)
+
+
+def _on_auto(g: jax.Array, param: jax.Array) -> jax.Array:
+    """The param if both lie on Auto axes, else the gradient."""
+    return param if on_auto_axes(g) and on_auto_axes(param) else g
 
 
 def _projected(frame: Frame, x: Any, kept: Any) -> Any:

@@ -52,10 +52,15 @@ class Selection:
         """What a state holds for a matrix before anything was chosen: the first columns."""
         return np.arange(rank, dtype=np.int32)
 
-    def choose(self, x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The indices that suit x best, and the coordinates of x there."""
+    def choose(
+        self, x: jax.Array, old: jax.Array, along: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, jax.Array]:
+        """The indices that suit x best, and the coordinates of x there.
+
+        Inside `jax.shard_map` the rows of x may be cut along mesh axes.
+        """
         coordinates = self.transform(x)
-        indices = largest_columns(coordinates, old.shape[-1], self.ranking)
+        indices = largest_columns(coordinates, old.shape[-1], self.ranking, along)
         return indices, _take_columns(coordinates, indices)
 
     def move(self, x: jax.Array, old: jax.Array, new: jax.Array, _: bool | None) -> jax.Array:
