@@ -45,7 +45,8 @@ class LowRankState(NamedTuple):
       subspaces: For each leaf the indices of its columns in the basis, int32 (..., r), increasing;
         for the bases "svd" and "subspace" the columns, (..., n, r).
       bases: The basis "random", n x n, once for each n, in the place of the first leaf with it.
-      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees.
+      residuals: The buffer, like the params, or for "int8" and "int4" a `Quantized` of trees. On a
+        mesh its projected axis is whole on each device, unless it is quantised.
       inner: State of the inner transformation, for leaves of rank r.
     """
 

@@ -63,8 +63,8 @@ def low_rank(
       seed: Of random bases and of stochastic rounding.
 
     Returns:
-      A transformation; updates keep shape and dtype, and on Explicit meshes their sharding (on Auto
-      axes the compiler lays them out; `optax.apply_updates` and `out_shardings` bring them back).
+      A transformation; updates keep shape and dtype, and on meshes their sharding. There, with a
+      fixed basis, state and buffer are cut along the axis that is not projected.
       With "l2" ranking and a fixed basis, the coordinates hold at least the part r / n of the
       buffer's energy. 16-bit matrices are projected in float32.
       State: `LowRankState`: inner's, r / min(m, n) of its full size; r indices; the buffer.
