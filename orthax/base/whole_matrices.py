@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthax.base.exchange import Cuts, Route, bring, send
-from orthax.base.leaves import explicit_sharding, spec_of
+from orthax.base.leaves import explicit_sharding, spec_of, vary_as
 from orthax.base.reading import AsItIs, Entries, Place, Reading
 
 
@@ -134,7 +134,10 @@ def on_owners(
         axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
         check_vma=False,
     )
-    found = everywhere(numbers, rows)
+    # Without its check `jax.shard_map` forgets over which axes of a user's own results differ.
+    found = [
+        vary_as(x, row, numbers) for x, row in zip(everywhere(numbers, rows), rows, strict=True)
+    ]
     return [x for x, _ in found], [[kept[c] for _, kept in found] for c in range(len(columns))]
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from orthax.base.leaves import vary_as
 from orthax.base.one_way import backward, forward, laid_as
 from orthax.base.reading import Place, Reading
 from orthax.base.whole_matrices import free_axes
@@ -93,7 +94,8 @@ def on_owners_by_constraints(
             def part(x: Any, place: Place, stack: Any, counts: list[int] = counts, at: int = at):
                 return laid_as(x, place.unstacked(_part(stack, counts, at, axes), x.shape))
 
-            results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
+            result = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
+            results[i] = vary_as(result, rows[i], numbers)  # as in `on_owners`
     return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
 
 
