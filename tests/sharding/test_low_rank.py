@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharding.collectives import collectives
 
 import orthax
 
