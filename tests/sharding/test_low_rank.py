@@ -138,7 +138,7 @@ def test_the_small_state_and_the_buffer_lie_along_the_other_axis(start, layout, 
         assert_lies_as(indices, NamedSharding(mesh, P()))
 
 
-LEAVES = 4
+LEAVES = 8  # one for each device: fewer would be divided
 # Bytes on a device of one move of all leaves, and of their coordinates.
 MOVE = LEAVES * 256 * 512 * 4 // 8
 COORDINATES = MOVE // 4

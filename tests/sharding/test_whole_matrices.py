@@ -375,8 +375,10 @@ def test_fewer_matrices_than_devices_are_shared_as_well(kind):
     layout = {str(i): (SHAPE, P("x", "y")) for i in range(3)}
     found = counts_on(mesh_of("xy", kind), layout, COUNTED["muon"])
     one = counts_on(None, {"0": (SHAPE, P())}, COUNTED["muon"])
-    assert found.dots == one.dots
-    assert sum(found.collectives.values()) <= 4
+    # Where layouts are known, several devices may work on one matrix.
+    assert found.dots <= one.dots if kind == "explicit" else found.dots == one.dots
+    assert found.collectives.pop("all-to-all") <= 4
+    assert set(found.collectives) <= ({"all-reduce"} if kind == "explicit" else set())
 
 
 def test_what_passes_layouts_one_way_can_be_differentiated_and_batched():
