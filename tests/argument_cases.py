@@ -415,7 +415,7 @@ def optimizer(function: Any, **own: Argument) -> Call:
         "ranking": choice("l1", "l2"),
         "update_every": integer(),
         "sharding": shardings(),
-        "whole_every": integer(),
+        "whole_every": integer().but(none=True),
         **own,
     }
     names = inspect.signature(function).parameters

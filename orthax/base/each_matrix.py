@@ -88,7 +88,8 @@ class EachMatrix(optax.GradientTransformation):
         """Whether a leaf lies on a mesh, or may for all that its type says."""
         if not self.whole:
             return False
-        meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates))
+        arrays = (x for x in jax.tree.leaves(updates) if isinstance(x, jax.Array))
+        meshes = (jax.typeof(x).sharding.mesh for x in arrays)
         return self.sharding is not None or any(not mesh.empty for mesh in meshes)
 
     def staying(self) -> "EachMatrix":

@@ -8,7 +8,7 @@ import optax
 
 from orthax.base.block_periodic import BlockPeriodic, run_block_periodic
 from orthax.base.each_matrix import EachMatrix, run_whole
-from orthax.matrices.view import MatrixView, PackedView, close_view, open_view
+from orthax.matrices.view import MatrixView, PackedView, ViewReading, close_view, open_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,8 @@ def shown_matrices(
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)]
         if all(mesh.empty for mesh in meshes) and not any(leaf.sharding for leaf in leaves):
             return None
-        views, given = [leaf.view for leaf in leaves], [leaf.sharding for leaf in leaves]
+        views = [ViewReading(leaf.view) for leaf in leaves]
+        given = [leaf.sharding for leaf in leaves]
         if isinstance(travelling, BlockPeriodic):
             return run_block_periodic(travelling, updates, state, params, views, given, call)
         return run_whole(travelling, updates, state, params, views, given, call)

@@ -95,7 +95,7 @@ class MatrixView:
     def _permutation(self) -> tuple[int, ...]:
         return self.batch_axes + self.reduction_axes + self.output_axes
 
-    def of_stack(self, rest: tuple[int, ...]) -> "MatrixView":
+    def _of_stack(self, rest: tuple[int, ...]) -> "MatrixView":
         """The view of a stack of any size, whose axes but the first are those of one matrix."""
         chosen = sorted(self.reduction_axes + self.output_axes)
         at = {axis: 1 + i for i, axis in enumerate(chosen)}
@@ -104,21 +104,21 @@ class MatrixView:
         )
         return MatrixView((-1, *rest), (0,), reduction, output)
 
-    def opened(self, x: jax.Array) -> jax.Array:
+    def _opened(self, x: jax.Array) -> jax.Array:
         """The array as matrices, on one device."""
         return jnp.reshape(jnp.transpose(x, self._permutation), self.matrix_shape)
 
-    def closed(self, y: jax.Array) -> jax.Array:
+    def _closed(self, y: jax.Array) -> jax.Array:
         """The array whose opened view is `y`."""
         permuted = [self.shape[a] for a in self._permutation]
         return jnp.transpose(jnp.reshape(y, permuted), np.argsort(self._permutation).tolist())
 
-    def opened_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
+    def _opened_spec(self, entries: tuple[Any, ...]) -> PartitionSpec:
         """Spec of the opened view: a merged axis keeps the mesh axes of its first, major part."""
         merged = [entries[axes[0]] for axes in (self.reduction_axes, self.output_axes)]
         return PartitionSpec(*(entries[a] for a in self.batch_axes), *merged)
 
-    def opened_cuts(self, cuts: Cuts) -> Cuts | None:
+    def _opened_cuts(self, cuts: Cuts) -> Cuts | None:
         """How rows and columns are cut, if only the major part of a merged axis is; else None."""
         merged = (self.reduction_axes, self.output_axes)
         if any(cuts[a] for axes in merged for a in axes[1:]):
@@ -144,34 +144,34 @@ class PackedView:
         """Axes that count matrices, of every section."""
         return self.sections[0].batch_axes
 
-    def of_stack(self, rest: tuple[int, ...]) -> "PackedView":
+    def _of_stack(self, rest: tuple[int, ...]) -> "PackedView":
         """The view of a stack of any size, whose axes but the first are those of one leaf."""
         axis = 1 + self.axis - sum(a < self.axis for a in self.batch_axes)
 
         def section(view: MatrixView) -> MatrixView:
             size = view.shape[self.axis]
-            return view.of_stack((*rest[: axis - 1], size, *rest[axis:]))
+            return view._of_stack((*rest[: axis - 1], size, *rest[axis:]))
 
         return PackedView((-1, *rest), axis, tuple(map(section, self.sections)))
 
-    def opened(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def _opened(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The sections as matrices, on one device."""
         ends = np.cumsum([view.shape[self.axis] for view in self.sections])
         parts = jnp.split(x, ends[:-1].tolist(), axis=self.axis)
-        return tuple(view.opened(part) for view, part in zip(self.sections, parts, strict=True))
+        return tuple(view._opened(part) for view, part in zip(self.sections, parts, strict=True))
 
-    def closed(self, ys: tuple[jax.Array, ...]) -> jax.Array:
+    def _closed(self, ys: tuple[jax.Array, ...]) -> jax.Array:
         """The leaf whose opened sections are `ys`."""
-        parts = [view.closed(y) for view, y in zip(self.sections, ys, strict=True)]
+        parts = [view._closed(y) for view, y in zip(self.sections, ys, strict=True)]
         return jnp.concatenate(parts, axis=self.axis)
 
-    def opened_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
+    def _opened_spec(self, entries: tuple[Any, ...]) -> tuple[PartitionSpec, ...]:
         """Specs of the opened sections."""
         whole = list(entries)
         whole[self.axis] = None  # a section's size need not divide by the mesh axis
-        return tuple(view.opened_spec(tuple(whole)) for view in self.sections)
+        return tuple(view._opened_spec(tuple(whole)) for view in self.sections)
 
-    def opened_cuts(self, cuts: Cuts) -> None:  # noqa: ARG002 as in other views
+    def _opened_cuts(self, cuts: Cuts) -> None:  # noqa: ARG002 as in other views
         """Sections end where no mesh axis cuts."""
         return None
 
@@ -179,22 +179,54 @@ class PackedView:
         return " + ".join(str(view) for view in self.sections)
 
 
+@dataclasses.dataclass(frozen=True)
+class ViewReading:
+    """A view for what moves whole matrices of meshes: `orthax.base.reading.Reading`."""
+
+    view: MatrixView | PackedView
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """Axes that count matrices."""
+        return self.view.batch_axes
+
+    def of_stack(self, rest: tuple[int, ...]) -> "ViewReading":
+        """The view of a stack of any size, whose axes but the first are those of one leaf."""
+        return ViewReading(self.view._of_stack(rest))
+
+    def opened(self, x: jax.Array) -> Any:
+        """The leaf as matrices."""
+        return self.view._opened(x)
+
+    def closed(self, y: Any) -> jax.Array:
+        """Undoes `opened`."""
+        return self.view._closed(y)
+
+    def opened_spec(self, entries: tuple[Any, ...]) -> Any:
+        """A `PartitionSpec` for each array that the leaf opens to."""
+        return self.view._opened_spec(entries)
+
+    def opened_cuts(self, cuts: Cuts) -> Cuts | None:
+        """How rows and columns are cut, if each device can open its own piece of a leaf."""
+        return self.view._opened_cuts(cuts)
+
+
 def open_view(view: MatrixView | PackedView, x: Any) -> Any:
     """Returns `x` (array or `ShapeDtypeStruct`) as `(*batch, rows, cols)`, or a tuple of such."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(view.opened, x)
+        return jax.eval_shape(view._opened, x)
     sharding = explicit_sharding(x)
     if sharding is None:
-        return view.opened(x)
-    specs = view.opened_spec(spec_of(sharding, x.ndim))
+        return view._opened(x)
+    specs = view._opened_spec(spec_of(sharding, x.ndim))
     is_spec = lambda spec: type(spec) is PartitionSpec  # noqa: E731
     out = jax.tree.map(lambda spec: sharding.update(spec=spec), specs, is_leaf=is_spec)
-    return laid_out(view.opened, out)(x)
+    return laid_out(view._opened, out)(x)
 
 
 def close_view(view: MatrixView | PackedView, y: Any, like: jax.Array) -> jax.Array:
     """Undoes `open_view`. The result has the sharding of `like`, the array that was opened."""
-    x = laid_out(view.closed, explicit_sharding(like))(y)
+    x = laid_out(view._closed, explicit_sharding(like))(y)
     return alike(x, like) if on_auto_axes(like) else x
 
 

@@ -33,7 +33,7 @@ def muon(
     dimension_numbers: Any = None,
     mu_dtype: Any = None,
     sharding: Any = None,
-    whole_every: int = 1,
+    whole_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon, called as `optax.adamw(learning_rate)` is.
 
@@ -73,8 +73,8 @@ def muon(
         shardings like the params, such as `jax.tree.map(lambda x: x.sharding, params)`, or a
         function of params to one, tells it there; see `orthax.orthogonalize`. False: nothing moves.
       whole_every: Of so many updates one is of whole matrices, which travel; at the others each
-        device orthogonalises and scales its piece alone and sends nothing (MuonBP). 1: all are of
-        whole matrices, and equal on any mesh. More needs Explicit axes or `sharding`.
+        device orthogonalises and scales its piece alone and sends nothing (MuonBP). None: all are
+        of whole matrices, and equal on any mesh. Needs Explicit axes or `sharding`.
 
     Returns:
       The optimizer; updates have the wider dtype of gradients and params, and keep their sharding.
@@ -103,7 +103,7 @@ def muon(
     check.transformation("muon: shape_scale", shape_scale)
     trace = momentum_step("muon", momentum, nesterov, mu_dtype)
     direction = chain(orthogonalizer, shape_scale)  # of matrices
-    if check.integer("muon: whole_every", whole_every) > 1:
+    if whole_every is not None and check.integer("muon: whole_every", whole_every) > 1:
         direction = block_periodic("muon", direction, whole_every)
     adam = adam_step(mu_dtype)
     decay = decay_step("muon", weight_decay)
