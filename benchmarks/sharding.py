@@ -27,6 +27,7 @@ not counted. Writes sharding.json and sharding.png to benchmarks/results.
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -54,6 +55,7 @@ DEVICES, SIZES, BOTH = 8, (4, 2), ("x", "y")
 LAYOUTS = ("replicated", "rows", "cols", "TP", "2-D")
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 RANK = 64
+TITLES = ("virtual devices", "on paper", "TPU v5e 2x4")
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax": lambda dims: optax.contrib.muon(0.1, muon_weight_dimension_numbers=dims),
     "muon": lambda dims: orthax.muon(0.1, dimension_numbers=dims),
@@ -457,7 +459,14 @@ def main(smoke: bool = False, parts: tuple[int, ...] = (1, 2, 3)) -> None:
     """
     with contextlib.suppress(RuntimeError):  # if a backend runs already
         jax.config.update("jax_num_cpu_devices", DEVICES)
+    path = record.ROOT / "benchmarks" / "results" / "sharding.json"
     found: dict[str, Any] = {}
+    if path.exists() and not smoke:  # tables that are not made now stay, with their commit
+        before = json.loads(path.read_text())
+        found = {title: before[title] for title in TITLES if title in before}
+        found["earlier"] = {title: before["commit"] for title in found} | before.get("earlier", {})
+    for part in parts:
+        found.get("earlier", {}).pop(TITLES[part - 1], None)
     if 1 in parts:
         found["virtual devices"] = on_virtual_devices(smoke)
         print(record.table(found["virtual devices"]), "\n")
@@ -471,8 +480,8 @@ def main(smoke: bool = False, parts: tuple[int, ...] = (1, 2, 3)) -> None:
             found["TPU v5e 2x4"] = for_tpu()
             print(record.table(found["TPU v5e 2x4"]))
     if not smoke:
-        path = record.write("sharding", found)
-        if "virtual devices" in found:
+        record.write("sharding", found)
+        if 1 in parts:
             draw(found["virtual devices"]).savefig(path.with_suffix(".png"), dpi=150)
 
 
