@@ -78,11 +78,17 @@ def shown_matrices(
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)]
         if all(mesh.empty for mesh in meshes) and not any(leaf.sharding for leaf in leaves):
             return None
+        if any(
+            isinstance(v, PackedView) and v.axis in v.batch_axes
+            for v in (leaf.view for leaf in leaves)
+        ):
+            return None  # sections of several numbers of matrices; they travel one by one, opened
         views = [ViewReading(leaf.view) for leaf in leaves]
         given = [leaf.sharding for leaf in leaves]
+        readings = [ViewReading(view) for view in views]
         if isinstance(travelling, BlockPeriodic):
-            return run_block_periodic(travelling, updates, state, params, views, given, call)
-        return run_whole(travelling, updates, state, params, views, given, call)
+            return run_block_periodic(travelling, updates, state, params, readings, given, call)
+        return run_whole(travelling, updates, state, params, readings, given, call)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(opened(params))

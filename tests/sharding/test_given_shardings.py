@@ -271,3 +271,15 @@ def test_along_copies_there_are_as_many_owners_as_have_less_to_do():
     assert axes_of_owners(3, "", "xy", sizes) == {"y"}
     assert axes_of_owners(4, "x", "yz", sizes) == {"x", "z"}
     assert axes_of_owners(1, "", "xyz", sizes) == set()
+
+
+def test_sections_of_several_numbers_of_matrices_travel_one_by_one():
+    layout = {"experts": ((12, 16, 32), P("x", None, "y"))}
+    dims = {"experts": orthax.Packed(MuonDimensionNumbers(1, 2), axis=0, sections=(4, 8))}
+    optimizer = orthax.muon(0.1, orthogonalizer=QUICK, dimension_numbers=dims)
+    tree = normal_tree(layout, 0)
+    program, g, state = compiled(optimizer, tree, layout, AxisType.Explicit)
+    updates, _ = program(g, state, g)
+    expected, _ = jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)
+    assert_close(updates, expected, 1e-6)
+    assert_sharded_alike(updates, g)
