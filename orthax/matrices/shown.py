@@ -78,12 +78,9 @@ def shown_matrices(
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)]
         if all(mesh.empty for mesh in meshes) and not any(leaf.sharding for leaf in leaves):
             return None
-        if any(
-            isinstance(v, PackedView) and v.axis in v.batch_axes
-            for v in (leaf.view for leaf in leaves)
-        ):
+        views = [leaf.view for leaf in leaves]
+        if any(isinstance(view, PackedView) and view.axis in view.batch_axes for view in views):
             return None  # sections of several numbers of matrices; they travel one by one, opened
-        views = [ViewReading(leaf.view) for leaf in leaves]
         given = [leaf.sharding for leaf in leaves]
         readings = [ViewReading(view) for view in views]
         if isinstance(travelling, BlockPeriodic):
