@@ -71,7 +71,7 @@ def turn(
         x = x.reshape(*x.shape[: t.split], parts, -1, *x.shape[t.split + 1 :])
         x = jnp.moveaxis(x, t.split, 0)
         pieces.append(x.shape)
-        apart.append(x.reshape(parts, 1, -1))
+        apart.append(x[:, None])
     arrived = _exchanged(apart, [t.axes for t in turns])
     found = []
     for x, t, piece in zip(arrived, turns, pieces, strict=True):
@@ -135,32 +135,32 @@ def _sent(
     gathered = _gathered(arrived, routes)
     found = []
     for x, (_, piece), count, route in zip(gathered, apart, counts, routes, strict=True):
-        # (*copies, *moved, own, entries) in the order of the owners.
+        # (*copies, *moved, own, *piece) in the order of the owners.
         here = (*route.copies, *route.moved)
-        x = x.reshape(*(sizes[a] for a in here), *x.shape[-2:])
-        x = x.transpose(*map(here.index, route.owners), len(here), len(here) + 1)
+        x = x.reshape(*(sizes[a] for a in here), *x.shape[1:])
+        x = x.transpose(*map(here.index, route.owners), *range(len(here), x.ndim))
         found.append(x.reshape(-1, *piece)[:count])
     return found
 
 
 def _by_owner(x: jax.Array, route: Route, sizes: Mapping[str, int]) -> jax.Array:
-    """(k, *piece) to (devices along the moved axes, own, entries of a piece)."""
+    """(k, *piece) to (devices along the moved axes, own, *piece)."""
     counts = [sizes[a] for a in route.owners]
     own = -(-x.shape[0] // math.prod(counts))
     missing = own * math.prod(counts) - x.shape[0]
-    x = x.reshape(x.shape[0], -1)
-    x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
-    x = x.reshape(*counts, own, x.shape[-1])
+    piece = x.shape[1:]
+    x = jnp.pad(x, [(0, missing)] + [(0, 0)] * len(piece)) if missing else x
+    x = x.reshape(*counts, own, *piece)
     # Along axes of copies each device takes its own matrices: nothing travels.
     for position, axis in reversed(list(enumerate(route.owners))):
         if axis in route.copies:
             here = jax.lax.axis_index(axis)
             x = jax.lax.dynamic_index_in_dim(x, here, position, keepdims=False)
-    return x.reshape(-1, *x.shape[-2:])
+    return x.reshape(-1, own, *piece)
 
 
 def _exchanged(xs: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]) -> list[jax.Array]:
-    """Part i of each (devices, own, entries) to device i, for one from each in its place."""
+    """Part i of each (devices, own, *piece) to device i, for one from each in its place."""
     found = list(xs)
     for moved, together in _alike(xs, axes):
         stack = _side_by_side([xs[i] for i in together])
@@ -171,7 +171,7 @@ def _exchanged(xs: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]) -> list
 
 
 def _gathered(xs: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
-    """The same of all devices along axes of copies: (copies * devices, own, entries)."""
+    """The same of all devices along axes of copies: (copies * devices, own, *piece)."""
     found = list(xs)
     for copies, together in _alike(xs, [route.copies for route in routes]):
         stack = _side_by_side([xs[i] for i in together])
@@ -188,23 +188,32 @@ def _alike(
     groups: dict[tuple[tuple[str, ...], int, jnp.dtype, int], list[int]] = {}
     for i, (x, along) in enumerate(zip(xs, axes, strict=True)):
         if along:
-            groups.setdefault((along, x.shape[0], x.dtype, x.shape[-1]), []).append(i)
+            entries = math.prod(x.shape[2:])
+            groups.setdefault((along, x.shape[0], x.dtype, entries), []).append(i)
     return [(along, members) for (along, *_), members in groups.items()]
 
 
 def _side_by_side(xs: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate(xs, axis=1) if len(xs) > 1 else xs[0]
+    if len(xs) == 1:
+        return xs[0]
+    # In one row if they must be: on TPUs rows lie in tiles, and unrolling them copies.
+    if len({x.shape[2:] for x in xs}) > 1:
+        xs = [x.reshape(*x.shape[:2], -1) for x in xs]
+    return jnp.concatenate(xs, axis=1)
 
 
 def _apart(stack: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     ends = [sum(x.shape[1] for x in like[: i + 1]) for i in range(len(like))]
-    return [stack[:, end - x.shape[1] : end] for x, end in zip(like, ends, strict=True)]
+    return [
+        stack[:, end - x.shape[1] : end].reshape(-1, *x.shape[1:])
+        for x, end in zip(like, ends, strict=True)
+    ]
 
 
 def _joined(
     x: jax.Array, piece: Sequence[int], route: Route, sizes: Mapping[str, int]
 ) -> jax.Array:
-    """Pieces by the devices they came from, (devices, own, entries), to (own, *matrix)."""
+    """Pieces by the devices they came from, (devices, own, *piece), to (own, *matrix)."""
     moved, own = route.moved, x.shape[1]
     x = x.reshape(*(sizes[a] for a in moved), own, *piece)
     order = [len(moved)]  # each device's number next to the axis that it cuts
@@ -226,4 +235,4 @@ def _split(
         inner.append(len(split) - 1)
     piece = tuple(split[a] for a in inner)
     x = x.reshape(split).transpose([*(place[a] for a in route.moved), 0, *inner])
-    return x.reshape(-1, x.shape[len(route.moved)], math.prod(piece)), piece
+    return x.reshape(-1, *x.shape[len(route.moved) :]), piece
