@@ -701,3 +701,13 @@ def test_one_as_a_fraction_is_the_whole_side(rank):
 def test_a_side_without_a_hadamard_matrix_passes_where_nothing_is_projected():
     state = orthax.low_rank(optax.trace(0.9), 6, basis="hadamard").init([jnp.ones((6, 16))])
     assert jax.tree.leaves(state.inner)[0].shape == (6, 16)
+
+
+@pytest.mark.parametrize("buffer_dtype", [None, jnp.bfloat16, "int8", "int4"])
+def test_without_a_buffer_its_dtype_says_nothing(buffer_dtype):
+    g = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)), jnp.float32)}
+    plain, tx = (orthax.low_rank(optax.trace(0.9), 2, buffer_dtype=d) for d in (None, buffer_dtype))
+    expected, _ = plain.update(g, plain.init(g))
+    updates, state = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(updates["kernel"], expected["kernel"])
+    assert state.residuals is None

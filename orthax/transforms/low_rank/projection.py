@@ -160,7 +160,7 @@ def projected(
         ways = [frame.way for frame in frames]
         xs = [wide(g) for g in gradients]
         saved = [] if retain is None else load(frames, state.residuals, structure)
-        if bits is not None:
+        if retain is not None and bits is not None:
             xs = [x + residual.astype(x.dtype) for x, residual in zip(xs, saved, strict=True)]
         xs = lay(xs, ways)
         if retain is not None and bits is None:
