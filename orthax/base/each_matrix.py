@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 
 from orthax.base.given_shardings import shardings_of
 from orthax.base.leaves import check_matrix_leaves, check_params, path_text
@@ -248,14 +249,18 @@ def run_whole(
     numbers = [n for step in made.steps for n in step.numbers if isinstance(n, jax.Array)]
     columns = [structure.flatten_up_to(column) for column in columns_in(states)]
     weights = structure.flatten_up_to(params) if made.needs_params else None
-    if entries is None:
-        found = on_owners_by_constraints(inside, numbers, mesh, leaves, readings, columns, weights)
-    elif travel:
-        found = on_owners_or_subsets(
-            inside, numbers, mesh, leaves, readings, entries, columns, weights
-        )
-    else:
-        found = on_pieces(inside, numbers, mesh, leaves, readings, entries)
+
+    def moved(numbers: Any, leaves: Any, columns: Any, weights: Any) -> Any:
+        given = (inside, numbers, mesh, leaves, readings)
+        if entries is None:
+            return on_owners_by_constraints(*given, columns, weights)
+        if travel:
+            return on_owners_or_subsets(*given, entries, columns, weights)
+        return on_pieces(*given, entries)
+
+    # Outside of a program the collectives would run one by one.
+    eager = not any(isinstance(x, Tracer) for x in jax.tree.leaves((leaves, columns, numbers)))
+    found = (jax.jit(moved) if eager else moved)(numbers, leaves, columns, weights)
     results, columns = found
     results = alike(results, leaves)
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
