@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,26 @@ def prepared(
         rows.append((x, kept, None if params is None else params[i]))
         places.append((own, beside, None if params is None else own))
     return rows, places, _groups(rows, places, readings, sizes), sizes
+
+
+def run_opened(
+    run: Callable[..., Any], numbers: Any, readings: Sequence[Reading], stacks: Sequence[Any]
+) -> list[tuple[Any, list[Any]]]:
+    """`run` on a device's own stacks: of gradients and params, opened, and of what is kept of each.
+
+    For each stack the update, closed, and what is then kept.
+    """
+    width = len(stacks[0][1])
+    gradients = [r.opened(g) for r, (g, *_) in zip(readings, stacks, strict=True)]
+    held = [[kept[c] for _, kept, _ in stacks] for c in range(width)]
+    weights = None
+    if stacks[0][2] is not None:
+        weights = [r.opened(w) for r, (*_, w) in zip(readings, stacks, strict=True)]
+    updates, held = run(numbers, gradients, held, weights)
+    return [
+        (reading.closed(update), [column[i] for column in held])
+        for i, (reading, update) in enumerate(zip(readings, updates, strict=True))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orthax.base.exchange import bring, send
 from orthax.base.given_shardings import mesh_of, spec_entries
-from orthax.base.groups import cuts_of, free_axes, prepared
+from orthax.base.groups import cuts_of, free_axes, prepared, run_opened
 from orthax.base.leaves import explicit_sharding, spec_of
 from orthax.base.reading import Entries, Place, Reading
 
@@ -92,19 +92,7 @@ def on_owners(
         flat, structure = jax.tree.flatten(stacks)
         owned = structure.unflatten(bring(flat, jax.tree.leaves(routes), sizes))
 
-        gradients = [group.reading.opened(g) for group, (g, *_) in zip(groups, owned, strict=True)]
-        held = [[kept[c] for _, kept, _ in owned] for c in range(len(columns))]
-        weights = None
-        if params is not None:
-            weights = [
-                group.reading.opened(w) for group, (*_, w) in zip(groups, owned, strict=True)
-            ]
-        updates, held = run(numbers, gradients, held, weights)
-
-        results = [
-            (group.reading.closed(update), [column[i] for column in held])
-            for i, (group, update) in enumerate(zip(groups, updates, strict=True))
-        ]
+        results = run_opened(run, numbers, [group.reading for group in groups], owned)
         flat, structure = jax.tree.flatten(results)
         back = [jax.tree.leaves(route[:2]) for route in routes]
         counts = [

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orthax.base.groups import free_axes
+from orthax.base.groups import free_axes, run_opened
 from orthax.base.one_way import backward, forward
 from orthax.base.placing import alike
 from orthax.base.reading import Place, Reading
@@ -62,16 +62,7 @@ def on_owners_by_constraints(
     def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
         """On one device, with matrices of its own."""
         stacks = jax.tree.map(lambda x: x.reshape(x.shape[len(axes) :]), stacks)
-        gradients = [r.opened(g) for r, (g, *_) in zip(readers, stacks, strict=True)]
-        held = [[kept[c] for _, kept, _ in stacks] for c in range(len(columns))]
-        weights = None
-        if params is not None:
-            weights = [r.opened(w) for r, (*_, w) in zip(readers, stacks, strict=True)]
-        updates, held = run(numbers, gradients, held, weights)
-        results = [
-            (reader.closed(update), [column[i] for column in held])
-            for i, (reader, update) in enumerate(zip(readers, updates, strict=True))
-        ]
+        results = run_opened(run, numbers, readers, stacks)
         return jax.tree.map(lambda x: x.reshape(*(1 for _ in axes), *x.shape), results)
 
     stacks = [stacked(members) for members in groups.values()]
@@ -81,7 +72,6 @@ def on_owners_by_constraints(
         mesh=mesh,
         in_specs=(PartitionSpec(), spec),
         out_specs=spec,
-        axis_names=frozenset(name for name in mesh.axis_names if name not in mesh.manual_axes),
         check_vma=False,
     )(numbers, stacks)
 
