@@ -15,6 +15,7 @@ import optax
 from jax.core import Tracer
 
 from orthax.base.given_shardings import shardings_of
+from orthax.base.groups import Leaves
 from orthax.base.leaves import check_matrix_leaves, check_params, path_text
 from orthax.base.placing import alike
 from orthax.base.reading import AsItIs, Reading
@@ -248,20 +249,19 @@ def run_whole(
     states = state if made.is_chain else (state,)
     numbers = [n for step in made.steps for n in step.numbers if isinstance(n, jax.Array)]
     columns = [structure.flatten_up_to(column) for column in columns_in(states)]
-    weights = structure.flatten_up_to(params) if made.needs_params else None
+    weights = structure.flatten_up_to(params) if made.needs_params else [None] * len(leaves)
 
-    def moved(numbers: Any, leaves: Any, columns: Any, weights: Any) -> Any:
-        given = (inside, numbers, mesh, leaves, readings)
+    def moved(numbers: Any, gradients: Any, kept: Any, params: Any) -> Any:
+        of = Leaves(mesh, gradients, readings, entries, kept, params)
         if entries is None:
-            return on_owners_by_constraints(*given, columns, weights)
-        if travel:
-            return on_owners_or_subsets(*given, entries, columns, weights)
-        return on_pieces(*given, entries)
+            return on_owners_by_constraints(inside, numbers, of)
+        return (on_owners_or_subsets if travel else on_pieces)(inside, numbers, of)
 
+    kept = [[column[i] for column in columns] for i in range(len(leaves))]
     # Outside of a program the collectives would run one by one.
-    eager = not any(isinstance(x, Tracer) for x in jax.tree.leaves((leaves, columns, numbers)))
-    found = (jax.jit(moved) if eager else moved)(numbers, leaves, columns, weights)
-    results, columns = found
-    results = alike(results, leaves)
+    eager = not any(isinstance(x, Tracer) for x in jax.tree.leaves((leaves, kept, numbers)))
+    found = (jax.jit(moved) if eager else moved)(numbers, leaves, kept, weights)
+    results = alike([x for x, _ in found], leaves)
+    columns = [[kept[c] for _, kept in found] for c in range(len(columns))]
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
     return structure.unflatten(results), after if made.is_chain else after[0]

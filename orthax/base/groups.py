@@ -24,27 +24,47 @@ def free_axes(mesh: Any) -> tuple[str, ...]:
     return tuple(name for name, size in axes if size > 1)
 
 
-def prepared(
-    mesh: Any,
-    leaves: Sequence[jax.Array],
-    readings: Sequence[Reading],
-    entries: Sequence[Entries],
-    columns: Sequence[Sequence[Any]],
-    params: Sequence[jax.Array] | None,
-) -> tuple[list[Any], list[Any], list["Group"], dict[str, int]]:
-    """What belongs to each leaf, where that lies, which leaves share a stack; sizes of axes."""
-    sizes = {a: dict(mesh.shape)[a] for a in free_axes(mesh)}
-    rows, places = [], []
-    for i, (x, reading, cut) in enumerate(zip(leaves, readings, entries, strict=True)):
-        cuts = cuts_of(cut, sizes)
-        opens = None if reading.opened_cuts(cuts) is None else reading
-        own = Place(cuts, reading.batch_axes, opens)
-        kept = [column[i] for column in columns]
-        spec = reading.opened_spec(cut)
-        beside = [jax.tree.map(lambda x, s: _beside(x, s, sizes), part, spec) for part in kept]
-        rows.append((x, kept, None if params is None else params[i]))
-        places.append((own, beside, None if params is None else own))
-    return rows, places, _groups(rows, places, readings, sizes), sizes
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """Leaves of a mesh that one transformation updates together.
+
+    Attributes:
+      mesh: Where all lie.
+      gradients: In their own shape.
+      readings: How each is read as matrices.
+      entries: How each is cut, None where only the compiler knows. What is not so costs time, and
+        changes no value.
+      kept: What the state holds for each, beside what it opens to.
+      params: In their own shape, or None for each.
+    """
+
+    mesh: Any
+    gradients: Sequence[jax.Array]
+    readings: Sequence[Reading]
+    entries: Sequence[Entries] | None
+    kept: Sequence[list[Any]]
+    params: Sequence[jax.Array | None]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the mesh axes along which work is divided."""
+        return {a: dict(self.mesh.shape)[a] for a in free_axes(self.mesh)}
+
+    def groups(self) -> list["Group"]:
+        """Those that share a stack, together."""
+        sizes = self.sizes
+        rows = [*zip(self.gradients, self.kept, self.params, strict=True)]
+        places = []
+        for i, ((x, kept, param), reading) in enumerate(zip(rows, self.readings, strict=True)):
+            cut = (None,) * x.ndim if self.entries is None else self.entries[i]
+            cuts = cuts_of(cut, sizes)
+            # What only the compiler has cut it opens on one device, where nothing is cut.
+            opens = None if self.entries is None or reading.opened_cuts(cuts) is None else reading
+            own = Place(cuts, reading.batch_axes, opens)
+            spec = reading.opened_spec(cut)
+            beside = [jax.tree.map(lambda x, s: _beside(x, s, sizes), part, spec) for part in kept]
+            places.append((own, beside, None if param is None else own))
+        return _groups(rows, places, self.readings, sizes)
 
 
 def run_opened(
@@ -73,17 +93,17 @@ class Group:
 
     Attributes:
       members: Their positions.
+      rows: The gradient of each, what the state holds for it, and its params.
       places: For each those of its gradient, of what the state holds, and of its params.
       reading: Of the stack.
       shape: Of what the stack counts.
       matrices: How many that is, of those that the same devices have something of.
       axes: Mesh axes whose devices may share the matrices.
       sizes: Of mesh axes.
-
-    Rows are of the members: gradient, state and params of each.
     """
 
     members: list[int]
+    rows: list[Any]
     places: list[Any]
     reading: Reading
     shape: tuple[int, ...]
@@ -110,7 +130,7 @@ class Group:
         return routes[0], small, routes[1]
 
     def stacks(self, rows: list[Any]) -> Any:
-        """What a device has of gradient, state and params of all members."""
+        """The stacks of gradient, state and params, of what a device has of the rows."""
         stacked = [
             jax.tree.map(lambda x, place: place.stacked(x), row, where)
             for row, where in zip(rows, self.places, strict=True)
@@ -121,13 +141,16 @@ class Group:
 
         return jax.tree.map(joined, *stacked)
 
-    def count(self, rows: list[Any]) -> int:
-        """The number of matrices of which a device has something."""
-        return sum(self._counts(rows))
+    def counts(self, rows: list[Any]) -> list[int]:
+        """The number of matrices of each row of which a device has something."""
+        return [
+            math.prod(place.apart(x.shape)[0])
+            for (x, *_), (place, *_) in zip(rows, self.places, strict=True)
+        ]
 
-    def rows(self, stacks: Any, rows: list[Any]) -> list[Any]:
+    def apart(self, stacks: Any, rows: list[Any]) -> list[Any]:
         """Undoes `stacks`, for gradient and state of each member."""
-        counts = self._counts(rows)
+        counts = self.counts(rows)
         ends = itertools.accumulate(counts)
         found = []
         for row, where, count, end in zip(rows, self.places, counts, ends, strict=True):
@@ -137,12 +160,6 @@ class Group:
 
             found.append(jax.tree.map(part, row[:2], where[:2], stacks))
         return found
-
-    def _counts(self, rows: list[Any]) -> list[int]:
-        return [
-            math.prod(place.apart(x.shape)[0])
-            for (x, *_), (place, *_) in zip(rows, self.places, strict=True)
-        ]
 
 
 def _groups(
@@ -169,7 +186,8 @@ def _groups(
         matrices = sum(counts) // math.prod(sizes[a] for a in batch_cuts)
         axes = tuple(a for a in sizes if a not in batch_cuts)
         where = [places[i] for i in members]
-        groups.append(Group(members, where, reading, shape, matrices, axes, sizes))
+        own_rows = [rows[i] for i in members]
+        groups.append(Group(members, own_rows, where, reading, shape, matrices, axes, sizes))
     return groups
 
 

@@ -22,9 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orthax.base.exchange import bring, send
 from orthax.base.given_shardings import mesh_of, spec_entries
-from orthax.base.groups import cuts_of, free_axes, prepared, run_opened
+from orthax.base.groups import Group, Leaves, cuts_of, free_axes, run_opened
 from orthax.base.leaves import explicit_sharding, spec_of
-from orthax.base.reading import Entries, Place, Reading
+from orthax.base.reading import Entries, Place
 
 
 def one_mesh(leaves: Sequence[jax.Array], given: Sequence[Any]) -> Any:
@@ -57,15 +57,8 @@ def entries_of(
 
 
 def on_owners(
-    run: Callable[..., Any],
-    numbers: Any,
-    mesh: Any,
-    leaves: Sequence[jax.Array],
-    readings: Sequence[Reading],
-    entries: Sequence[Entries],
-    columns: Sequence[Sequence[Any]],
-    params: Sequence[jax.Array] | None,
-) -> tuple[list[jax.Array], list[list[Any]]]:
+    run: Callable[..., Any], numbers: Any, mesh: Any, groups: Sequence[Group]
+) -> list[list[Any]]:
     """Updates of leaves of a mesh, each device on whole matrices of its own.
 
     Args:
@@ -73,22 +66,17 @@ def on_owners(
         to updates and what the state then holds, all for stacks of whole matrices.
       numbers: Arrays that are the same for all matrices.
       mesh: Where all leaves lie.
-      leaves: Gradients, in their own shape.
-      readings: How each is read as matrices.
-      entries: How each is cut. What is not so costs time, and changes no value.
-      columns: What the state holds for each leaf: beside what it opens to.
-      params: In their own shape, if `run` needs them.
+      groups: The leaves, and what belongs to them.
 
     Returns:
-      Updates and columns, laid out as what came.
+      For each group and member the update and what is then kept, laid out as what came.
     """
-    rows, places, groups, sizes = prepared(mesh, leaves, readings, entries, columns, params)
+    sizes = groups[0].sizes
     routes = [group.routes for group in groups]
 
     def inside(numbers: Any, rows: list[Any]) -> list[Any]:
         """On one device, whose pieces of the leaves are the rows."""
-        of = [[rows[i] for i in group.members] for group in groups]
-        stacks = [group.stacks(members) for group, members in zip(groups, of, strict=True)]
+        stacks = [group.stacks(of) for group, of in zip(groups, rows, strict=True)]
         flat, structure = jax.tree.flatten(stacks)
         owned = structure.unflatten(bring(flat, jax.tree.leaves(routes), sizes))
 
@@ -97,63 +85,53 @@ def on_owners(
         back = [jax.tree.leaves(route[:2]) for route in routes]
         counts = [
             count
-            for group, members, route in zip(groups, of, back, strict=True)
-            for count in [group.count(members)] * len(route)
+            for group, of, route in zip(groups, rows, back, strict=True)
+            for count in [sum(group.counts(of))] * len(route)
         ]
-        stacks = structure.unflatten(
-            send(flat, counts, [r for route in back for r in route], sizes)
-        )
-        found = list(rows)
-        for group, members, stack in zip(groups, of, stacks, strict=True):
-            for i, row in zip(group.members, group.rows(stack, members), strict=True):
-                found[i] = row
-        return found
+        back = [way for route in back for way in route]
+        stacks = structure.unflatten(send(flat, counts, back, sizes))
+        return [
+            group.apart(stack, of) for group, stack, of in zip(groups, stacks, rows, strict=True)
+        ]
 
-    specs = jax.tree.map(lambda place: place.spec, places)
+    specs = [jax.tree.map(lambda place: place.spec, group.places) for group in groups]
     everywhere = jax.shard_map(
         inside,
         mesh=mesh,
         in_specs=(PartitionSpec(), specs),
-        out_specs=[row[:2] for row in specs],
+        out_specs=[[row[:2] for row in of] for of in specs],
         check_vma=False,
     )
-    found = everywhere(numbers, rows)
-    return [x for x, _ in found], [[kept[c] for _, kept in found] for c in range(len(columns))]
+    return everywhere(numbers, [group.rows for group in groups])
 
 
-def on_pieces(
-    run: Callable[..., Any],
-    numbers: Any,
-    mesh: Any,
-    leaves: Sequence[jax.Array],
-    readings: Sequence[Reading],
-    entries: Sequence[Entries],
-) -> tuple[list[jax.Array], list[list[Any]]]:
-    """As `on_owners` without a state, but each device takes its piece of a matrix for one.
+def on_pieces(run: Callable[..., Any], numbers: Any, leaves: Leaves) -> list[Any]:
+    """Updates where each device takes its piece of a matrix for one, and nothing is sent.
 
-    Nothing is sent.
+    For each leaf the update and nothing that is kept: the transformation has no state.
     """
-    sizes = {a: dict(mesh.shape)[a] for a in free_axes(mesh)}
     places = [
-        Place(cuts_of(cut, sizes), reading.batch_axes)
-        for cut, reading in zip(entries, readings, strict=True)
+        Place(cuts_of(cut, leaves.sizes), reading.batch_axes)
+        for cut, reading in zip(leaves.entries or (), leaves.readings, strict=True)
     ]
 
-    def inside(numbers: Any, leaves: list[jax.Array]) -> list[jax.Array]:
-        readers = [
-            reading.of_stack(place.apart(x.shape)[1])
-            for x, place, reading in zip(leaves, places, readings, strict=True)
-        ]
-        stacks = [place.stacked(x) for x, place in zip(leaves, places, strict=True)]
-        opened = [reader.opened(x) for reader, x in zip(readers, stacks, strict=True)]
-        updates, _ = run(numbers, opened, [], None)
-        closed = [reader.closed(y) for reader, y in zip(readers, updates, strict=True)]
+    def inside(numbers: Any, leaves_here: list[jax.Array]) -> list[jax.Array]:
+        stacks, readers = [], []
+        for x, place, reading in zip(leaves_here, places, leaves.readings, strict=True):
+            readers.append(reading.of_stack(place.apart(x.shape)[1]))
+            stacks.append((place.stacked(x), [], None))
+        results = run_opened(run, numbers, readers, stacks)
         return [
-            place.unstacked(y, x.shape) for y, x, place in zip(closed, leaves, places, strict=True)
+            place.unstacked(y, x.shape)
+            for (y, _), x, place in zip(results, leaves_here, places, strict=True)
         ]
 
     specs = [place.spec for place in places]
     everywhere = jax.shard_map(
-        inside, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=specs, check_vma=False
+        inside,
+        mesh=leaves.mesh,
+        in_specs=(PartitionSpec(), specs),
+        out_specs=specs,
+        check_vma=False,
     )
-    return everywhere(numbers, list(leaves)), []
+    return [(x, []) for x in everywhere(numbers, list(leaves.gradients))]

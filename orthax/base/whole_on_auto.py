@@ -15,78 +15,48 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orthax.base.groups import free_axes, run_opened
+from orthax.base.groups import Group, Leaves, free_axes, run_opened
 from orthax.base.one_way import backward, forward
 from orthax.base.placing import alike
-from orthax.base.reading import Place, Reading
+from orthax.base.reading import Place
 
 OPEN = PartitionSpec.UNCONSTRAINED
 
 
-def on_owners_by_constraints(
-    run: Callable[..., Any],
-    numbers: Any,
-    mesh: Any,
-    leaves: Sequence[jax.Array],
-    readings: Sequence[Reading],
-    columns: Sequence[Sequence[Any]],
-    params: Sequence[jax.Array] | None,
-) -> tuple[list[jax.Array], list[list[Any]]]:
-    """As `on_owners`, which knows the `entries` of the leaves' specs in addition."""
-    axes = free_axes(mesh)
-    rows = [
-        (x, [column[i] for column in columns], None if params is None else params[i])
-        for i, x in enumerate(leaves)
-    ]
-    places = [
-        jax.tree.map(lambda x: Place(((),) * x.ndim, tuple(range(x.ndim - 2))), row) for row in rows
-    ]
-    for i, reading in enumerate(readings):
-        own = Place(((),) * leaves[i].ndim, reading.batch_axes)
-        places[i] = (own, places[i][1], None if params is None else own)
+def on_owners_by_constraints(run: Callable[..., Any], numbers: Any, leaves: Leaves) -> list[Any]:
+    """Updates of leaves and what is then kept of each."""
+    mesh, axes, groups = leaves.mesh, free_axes(leaves.mesh), leaves.groups()
 
-    groups: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        _, rest = places[i][0].apart(leaves[i].shape)
-        arrays, structure = jax.tree.flatten(row)
-        key = (structure, tuple(x.dtype for x in arrays), rest, readings[i].of_stack(rest))
-        groups.setdefault(key, []).append(i)
-    readers = [reading for *_, reading in groups]
-
-    def stacked(members: list[int]) -> Any:
+    def stacked(group: Group) -> Any:
         parts = [
-            jax.tree.map(lambda x, p: p.stacked(forward(x)), rows[i], places[i]) for i in members
+            jax.tree.map(lambda x, place: place.stacked(forward(x)), row, where)
+            for row, where in zip(group.rows, group.places, strict=True)
         ]
         return jax.tree.map(lambda *xs: _to_owners(xs, mesh, axes), *parts)
 
     def inside(numbers: Any, stacks: list[Any]) -> list[Any]:
         """On one device, with matrices of its own."""
         stacks = jax.tree.map(lambda x: x.reshape(x.shape[len(axes) :]), stacks)
-        results = run_opened(run, numbers, readers, stacks)
+        results = run_opened(run, numbers, [group.reading for group in groups], stacks)
         return jax.tree.map(lambda x: x.reshape(*(1 for _ in axes), *x.shape), results)
 
-    stacks = [stacked(members) for members in groups.values()]
     spec = PartitionSpec(*axes)
     found = jax.shard_map(
-        inside,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), spec),
-        out_specs=spec,
-        check_vma=False,
-    )(numbers, stacks)
+        inside, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False
+    )(numbers, [stacked(group) for group in groups])
 
-    results: list[Any] = list(rows)
-    for members, stack in zip(groups.values(), found, strict=True):
+    results: list[Any] = [None] * len(leaves.gradients)
+    for group, stack in zip(groups, found, strict=True):
         stack = jax.tree.map(lambda x: _from_owners(x, mesh, axes), stack)
-        counts = [math.prod(places[i][0].apart(leaves[i].shape)[0]) for i in members]
-        for at, i in enumerate(members):
+        counts = group.counts(group.rows)
+        for at, i in enumerate(group.members):
 
             def part(x: Any, place: Place, stack: Any, counts: list[int] = counts, at: int = at):
                 y = place.unstacked(_part(stack, counts, at, axes), x.shape)
                 return alike(backward(y), x)
 
-            results[i] = jax.tree.map(part, rows[i][:2], places[i][:2], stack)
-    return [x for x, *_ in results], [[row[1][c] for row in results] for c in range(len(columns))]
+            results[i] = jax.tree.map(part, group.rows[at][:2], group.places[at][:2], stack)
+    return results
 
 
 def _to_owners(parts: Sequence[jax.Array], mesh: Any, axes: tuple[str, ...]) -> jax.Array:

@@ -6,7 +6,7 @@ stay. What travels is in another order along the longer side, which commutes wit
 orthogonal factors, and of what is done entry by entry.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,45 +14,29 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from orthax.base.exchange import Route, bring, send
-from orthax.base.groups import Group, prepared
+from orthax.base.groups import Group, Leaves
 from orthax.base.leaves import explicit_sharding
 from orthax.base.owners import axes_inside
 from orthax.base.placing import laid_out
-from orthax.base.reading import Entries, Reading
 from orthax.base.whole_matrices import on_owners
 
 
-def on_owners_or_subsets(
-    run: Callable[..., Any],
-    numbers: Any,
-    mesh: Any,
-    leaves: Sequence[jax.Array],
-    readings: Sequence[Reading],
-    entries: Sequence[Entries],
-    columns: Sequence[Sequence[Any]],
-    params: Sequence[jax.Array] | None,
-) -> tuple[list[jax.Array], list[list[Any]]]:
-    """As `on_owners`; a transformation with a state, or with params, takes whole matrices."""
-    _, _, groups, _ = prepared(mesh, leaves, readings, entries, columns, params)
-    shared = []
-    if not columns and params is None:
-        found = [(group, _inside(group)) for group in groups]
-        shared = [(group, inside) for group, inside in found if inside]
-    apart = {i for group, _ in shared for i in group.members}
-    whole = [i for i in range(len(leaves)) if i not in apart]
-    results: list[Any] = [None] * len(leaves)
-    after: list[list[Any]] = [[] for _ in columns]
-    if whole:
-        chosen: Any = ([of[i] for i in whole] for of in (leaves, readings, entries))
-        found, after = on_owners(run, numbers, mesh, *chosen, columns=columns, params=params)
-        for i, x in zip(whole, found, strict=True):
-            results[i] = x
-    for group, inside in shared:
-        xs = [leaves[i] for i in group.members]
-        found = _together(run, numbers, mesh, group, inside, xs)
-        for i, x in zip(group.members, found, strict=True):
-            results[i] = x
-    return results, after
+def on_owners_or_subsets(run: Callable[..., Any], numbers: Any, leaves: Leaves) -> list[Any]:
+    """Updates of leaves and what is then kept of each.
+
+    What has a state, or takes params, is moved whole.
+    """
+    groups = leaves.groups()
+    stateless = all(not kept and param is None for _, kept, param in groups[0].rows)
+    inside = [_inside(group) if stateless else () for group in groups]
+    whole = [group for group, axes in zip(groups, inside, strict=True) if not axes]
+    found = iter(on_owners(run, numbers, leaves.mesh, whole) if whole else ())
+    results: list[Any] = [None] * len(leaves.gradients)
+    for group, axes in zip(groups, inside, strict=True):
+        rows = _together(run, numbers, leaves.mesh, group, axes) if axes else next(found)
+        for i, row in zip(group.members, rows, strict=True):
+            results[i] = row
+    return results
 
 
 def _inside(group: Group) -> tuple[str, ...]:
@@ -70,8 +54,7 @@ def _together(
     mesh: Any,
     group: Group,
     inside: tuple[str, ...],
-    xs: list[jax.Array],
-) -> list[jax.Array]:
+) -> list[Any]:
     """Updates of a group's leaves, the devices along some mesh axes on one matrix together."""
     places = [own for own, *_ in group.places]
     owners, sizes = group.owners(inside), group.sizes
@@ -91,12 +74,13 @@ def _together(
 
     def back(stack: jax.Array, xs: list[jax.Array]) -> list[jax.Array]:
         rows = [(x, []) for x in xs]
-        (pieces,) = send([stack], [group.count(rows)], [route], sizes)
-        return [x for x, *_ in group.rows((pieces, []), rows)]
+        (pieces,) = send([stack], [sum(group.counts(rows))], [route], sizes)
+        return [x for x, _ in group.apart((pieces, []), rows)]
 
     def everywhere(fun: Any, given: Any, results: Any) -> Any:
         return jax.shard_map(fun, mesh=mesh, in_specs=given, out_specs=results, check_vma=False)
 
+    xs = [x for x, *_ in group.rows]
     stack = everywhere(to_owners, (specs,), stacked)(xs)
     # The axes that stay are the compiler's, on Explicit axes too.
     explicit = explicit_sharding(stack)
@@ -111,4 +95,4 @@ def _together(
             check_vma=False,
         )
     stack = laid_out(work, explicit)(numbers, stack)
-    return everywhere(back, (stacked, specs), specs)(stack, xs)
+    return [(x, []) for x in everywhere(back, (stacked, specs), specs)(stack, xs)]
