@@ -36,6 +36,10 @@ class BlockPeriodic(optax.GradientTransformation):
     inner: EachMatrix
     every: int
 
+    def may_travel(self, updates: optax.Updates, given: bool) -> bool:
+        """As of `EachMatrix`."""
+        return self.inner.may_travel(updates, given)
+
 
 def block_periodic(call: str, inner: optax.GradientTransformation, every: int) -> BlockPeriodic:
     """`inner` on whole matrices every so many updates; else each device on its pieces alone.

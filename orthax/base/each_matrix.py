@@ -86,13 +86,13 @@ class EachMatrix(optax.GradientTransformation):
         """Whether matrices of a mesh travel to one device each."""
         return any(step.whole for step in self.steps)
 
-    def may_travel(self, updates: optax.Updates) -> bool:
+    def may_travel(self, updates: optax.Updates, given: bool) -> bool:
         """Whether a leaf lies on a mesh, or may for all that its type says."""
         if not self.whole:
             return False
         arrays = (x for x in jax.tree.leaves(updates) if isinstance(x, jax.Array))
         meshes = (jax.typeof(x).sharding.mesh for x in arrays)
-        return self.sharding is not None or any(not mesh.empty for mesh in meshes)
+        return given or any(not mesh.empty for mesh in meshes)
 
     def staying(self) -> "EachMatrix":
         """The same where nothing travels."""
@@ -160,7 +160,7 @@ def _transformation(steps: tuple[Step, ...], *, is_chain: bool, sharding: Any = 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        if made.may_travel(updates):
+        if made.may_travel(updates, sharding is not None):
             check_matrix_leaves(steps[0].call, updates)
             readings = [AsItIs(tuple(range(x.ndim - 2))) for x in jax.tree.leaves(updates)]
             given = shardings_of(steps[0].call, sharding, updates)

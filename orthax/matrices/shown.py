@@ -75,8 +75,7 @@ def shown_matrices(
             lambda x, leaf: x if masked(x) else leaf, updates, decided, is_leaf=masked
         )
         leaves = jax.tree.leaves(present)
-        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)]
-        if all(mesh.empty for mesh in meshes) and not any(leaf.sharding for leaf in leaves):
+        if not travelling.may_travel(updates, any(leaf.sharding for leaf in leaves)):
             return None
         views = [leaf.view for leaf in leaves]
         if any(isinstance(view, PackedView) and view.axis in view.batch_axes for view in views):
