@@ -39,12 +39,14 @@ class Counts:
 
     Attributes:
       collectives: How many of each kind.
+      results: Bytes of their results, of each kind together.
       wire: Bytes that a device sends or receives, if collectives go round a ring of their group.
       dots: Floating point operations in the matrix products of a device.
       endless: Loops of which the text does not say how often they run; they are counted once.
     """
 
     collectives: dict[str, int]
+    results: dict[str, float]
     wire: float
     dots: float
     endless: int
@@ -60,16 +62,19 @@ def counted(text: str, devices: int) -> Counts:
     runs: collections.Counter[str] = collections.Counter()
     endless = _visit(computations, entry, 1, runs)
     collectives: collections.Counter[str] = collections.Counter()
+    results: dict[str, float] = collections.defaultdict(float)
     wire = dots = 0.0
     for name, times in runs.items():
         lines = {line.name: line for line in computations[name]}
         for line in lines.values():
             if (kind := line.operation.removesuffix("-start")) in KINDS:
                 collectives[kind] += times
-                wire += times * _wire(kind, _result_bytes(line, lines), line.rest, devices)
+                size = _result_bytes(line, lines)
+                results[kind] += times * size
+                wire += times * _wire(kind, size, line.rest, devices)
             elif line.operation == "dot":
                 dots += times * _dot_operations(line, lines)
-    return Counts(dict(collectives), wire, dots, endless)
+    return Counts(dict(collectives), dict(results), wire, dots, endless)
 
 
 def exchanged(text: str) -> tuple[int, float]:
