@@ -261,7 +261,8 @@ def run_whole(
     # Outside of a program the collectives would run one by one.
     eager = not any(isinstance(x, Tracer) for x in jax.tree.leaves((leaves, kept, numbers)))
     found = (jax.jit(moved) if eager else moved)(numbers, leaves, kept, weights)
-    results = alike([x for x, _ in found], leaves)
+    found = alike([*map(tuple, found)], [*zip(leaves, kept, strict=True)])
+    results = [x for x, _ in found]
     columns = [[kept[c] for _, kept in found] for c in range(len(columns))]
     after = tuple(with_columns([structure.unflatten(column) for column in columns]))
     return structure.unflatten(results), after if made.is_chain else after[0]

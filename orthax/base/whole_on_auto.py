@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orthax.base.groups import Group, Leaves, free_axes, run_opened
 from orthax.base.one_way import backward, forward
-from orthax.base.placing import alike
 from orthax.base.reading import Place
 
 OPEN = PartitionSpec.UNCONSTRAINED
@@ -52,8 +51,7 @@ def on_owners_by_constraints(run: Callable[..., Any], numbers: Any, leaves: Leav
         for at, i in enumerate(group.members):
 
             def part(x: Any, place: Place, stack: Any, counts: list[int] = counts, at: int = at):
-                y = place.unstacked(_part(stack, counts, at, axes), x.shape)
-                return alike(backward(y), x)
+                return backward(place.unstacked(_part(stack, counts, at, axes), x.shape))
 
             results[i] = jax.tree.map(part, group.rows[at][:2], group.places[at][:2], stack)
     return results

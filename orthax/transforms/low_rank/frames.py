@@ -23,7 +23,6 @@ from orthax.base.placing import (
 from orthax.base.rank import rank_of
 from orthax.base.turned import Turned, turned
 from orthax.linalg.elementary import wide_dtype
-from orthax.linalg.quantization import Quantized, dequantize, quantize
 from orthax.transforms.low_rank.subspaces import Kind, Selection, Subspace, Whole, make_subspace
 
 
@@ -122,21 +121,6 @@ class Frame:
             return jnp.where(start, x, moved.astype(x.dtype))
 
         return self._as_on_auto(move, explicit_sharding(x))(x, start, old, new)
-
-    def quantize(self, x: jax.Array, bits: int, key: jax.Array | None) -> Quantized:
-        """The leaf in a few bits an entry."""
-        sharding = self.sharding
-        row: Any = sharding and sharding.update(
-            spec=PartitionSpec(*spec_of(sharding, x.ndim)[:-1], None)
-        )
-        codes: Any = sharding if bits == 8 else row
-        out = Quantized(codes, row, row)
-        return self._as_on_auto(lambda x, key: quantize(x, bits, key), out)(x, key)
-
-    def dequantize(self, kept: Quantized, bits: int) -> jax.Array:
-        """The leaf again."""
-        run = self._as_on_auto(lambda kept: dequantize(kept, bits, self.shape[-1]), self.sharding)
-        return run(kept)
 
     @property
     def low_shape(self) -> tuple[int, ...]:

@@ -16,6 +16,21 @@ from orthax.transforms.low_rank.frames import Frame
 ROUNDINGS = ("nearest", "stochastic")
 
 
+def quantized(x: jax.Array, bits: int, key: jax.Array | None = None) -> Quantized:
+    """`quantize` of an array that may lie on Explicit mesh axes: rows have their numbers whole."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return quantize(x, bits, key)
+    row: Any = sharding.update(spec=PartitionSpec(*spec_of(sharding, x.ndim)[:-1], None))
+    codes: Any = sharding if bits == 8 else row
+    return laid_out(lambda x, key: quantize(x, bits, key), Quantized(codes, row, row))(x, key)
+
+
+def dequantized(kept: Quantized, bits: int, columns: int, sharding: Any) -> jax.Array:
+    """Undoes `quantized`, with the sharding that the array had on Explicit axes, or None."""
+    return laid_out(lambda kept: dequantize(kept, bits, columns), sharding)(kept)
+
+
 def quantize_leaves(
     frames: Sequence[Frame],
     xs: Sequence[jax.Array],
@@ -30,7 +45,7 @@ def quantize_leaves(
     Stochastic rounding draws anew from the seed for each `count`; None rounds to the nearest.
     """
     parts = [
-        frame.quantize(x, bits, _key(seed, frame.path, count))
+        quantized(x, bits, _key(seed, frame.path, count))
         for frame, x in zip(frames, xs, strict=True)
     ]
     return in_one(parts, structure)
@@ -49,7 +64,7 @@ def dequantize_leaves(
     """The arrays that were saved."""
     fields = [structure.flatten_up_to(field) for field in saved]
     return [
-        frame.dequantize(Quantized(*parts), bits)
+        dequantized(Quantized(*parts), bits, frame.shape[-1], frame.sharding)
         for frame, *parts in zip(frames, *fields, strict=True)
     ]
 
@@ -62,15 +77,7 @@ def with_quantized_mu(state: Any, bits: int, *, start: bool = False) -> Any:
     """
 
     def saved(mu: jax.Array, nu: jax.Array) -> Quantized:
-        def save(mu: jax.Array, nu: jax.Array) -> Quantized:
-            return quantize(divided(wide(mu), root(wide(nu))), bits)
-
-        sharding = explicit_sharding(mu)
-        if sharding is None:
-            return save(mu, nu)
-        row: Any = sharding.update(spec=PartitionSpec(*spec_of(sharding, mu.ndim)[:-1], None))
-        codes: Any = sharding
-        return laid_out(save, Quantized(codes, row, row))(mu, nu)
+        return quantized(divided(wide(mu), root(wide(nu))), bits)
 
     moments, structure = jax.tree.flatten(state.mu)
     if start:
@@ -84,12 +91,9 @@ def with_whole_mu(state: Any, bits: int) -> Any:
     """The same state with the moment in floating point."""
 
     def whole(nu: jax.Array, *parts: jax.Array) -> jax.Array:
-        def read(nu: jax.Array, kept: Quantized) -> jax.Array:
-            return dequantize(kept, bits, kept.codes.shape[-1]) * root(wide(nu))
-
         kept = Quantized(*parts)
-        sharding = explicit_sharding(kept.codes)
-        return read(nu, kept) if sharding is None else laid_out(read, sharding)(nu, kept)
+        columns, sharding = kept.codes.shape[-1], explicit_sharding(kept.codes)
+        return dequantized(kept, bits, columns, sharding) * root(wide(nu))
 
     return state._replace(mu=jax.tree.map(whole, state.nu, *state.mu))
 
